@@ -1,0 +1,127 @@
+"""Every field of a config, with the defaults that the recipes start from.
+
+The networks' defaults are the published ones; recipes shrink them.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+  """One comment per field; `configs/*.py` change what they need."""
+  return ConfigDict(
+    dict(
+      seed=0,  # of parameters, noise, shuffling and synthetic cases
+      data=dict(
+        source="",  # directory of npz files and data_summary.csv, or 'phantom'
+        directory="",  # prepared data; '' = <workdir>/data
+        size=(256, 256),  # rows, columns that images are resized to
+        num_points=512,  # points per cloud
+        split="use",  # the csv's column, or a file listing training cases
+        attribute="race",  # sensitive attribute that defines the groups
+        augment=True,  # quarter turns, flips, rotations by up to 20 degrees
+        phantom=dict(
+          train=100,  # training cases, in Harvard-FairSeg's proportions
+          test=150,  # test cases of every group
+          seed=0,  # of the phantoms
+        ),
+      ),
+      points=dict(
+        num_points=512,  # points per generated cloud
+        latent_dim=256,  # size of the shape latent
+        encoder_widths=(128, 128, 256, 512),  # shared per-point layers
+        head_widths=(256, 128),  # posterior's mean and variance heads
+        flow_depth=14,  # coupling layers of the prior
+        flow_width=256,  # width of a coupling net
+        decoder_widths=(128, 256, 512, 256, 128),  # pointwise denoiser
+        num_steps=100,  # diffusion steps T
+        beta_start=1e-4,  # linear schedule
+        beta_end=0.02,
+        kl_weight=1e-4,  # of the posterior against the prior
+      ),
+      image=dict(
+        conditioning="controlnet",  # or 'concat': the hint as input channels
+        channels=(64, 96),  # per level
+        num_blocks=1,  # residual blocks per level
+        attention=(False, True),  # which levels attend
+        num_heads=4,  # of attention
+        patch=4,  # space-to-depth factor at the input
+        head_channels=32,  # of the head at twice the folded resolution
+        hint_channels=(32,),  # of the ControlNet's hint stem
+        intensity_prior=True,  # diffuse the residual to class intensities
+        schedule="cosine",  # or 'linear', 'scaled_linear'
+        num_steps=1000,  # diffusion steps T
+        beta_start=1e-4,  # of linear schedules
+        beta_end=0.02,
+        prediction="v",  # or 'eps', 'x0'
+        dropout=0.1,  # of the condition, for guidance
+        sample_steps=20,  # sampling steps
+        eta=1.0,  # 1 = ancestral, 0 = DDIM
+        guidance=1.0,  # classifier-free guidance; 1 = none
+      ),
+      segmenter=dict(
+        channels=(16, 32, 48),  # per level of the small U-Net
+        patch=2,  # space-to-depth factor at the input
+        cross_entropy_weight=0.5,
+        dice_weight=0.5,
+      ),
+      objective=dict(
+        points=1.0,  # weight of the mask generator's risk
+        image=1.0,  # weight of the image generator's risk
+        segmenter=1.0,  # weight of the segmenter's empirical risk
+        agreement=0.0,  # weight of: the denoised image must show its mask
+      ),
+      fairness=dict(
+        method="none",  # regularizer: 'none', 'variance', 'gap', 'worst'
+        weight=1.0,  # lambda
+        temperature=0.1,  # tau of 'worst'
+        strategy="equal_scale",  # or 'repeat_sample', 'none'
+        real_share=0.5,  # least real share of each group; 0 = as published
+        group_size=0,  # N of Equal Scale; 0 = size of the largest group
+      ),
+      bank=dict(
+        every=500,  # steps between refills from the averaged parameters
+        batch_size=64,  # cases generated at a time
+        min_solidity=0.9,  # masks less convex than this are drawn again
+        max_attempts=10,  # draws of a mask before giving up
+      ),
+      train=dict(
+        steps=10_000,  # in all
+        generation_batch=16,  # real cases that teach the generators
+        segmentation_batch=16,  # cases of the mixture for the segmenter
+        generation_power=0.75,  # generators see group g as n_g^-power
+        points=(0, 10_000),  # steps from, to in which phi is active
+        image=(0, 10_000),  # likewise psi
+        segmenter=(0, 10_000),  # likewise theta
+        ema_decay=0.995,  # of the parameters that sample and predict
+      ),
+      optimizer=dict(
+        points=_optimizer(2e-3),
+        image=_optimizer(2e-3),
+        segmenter=_optimizer(2e-3),
+      ),
+      parallel=dict(
+        compile="jit",  # or 'pmap', the compatibility switch
+        fsdp=1,  # devices that share one copy of the parameters
+        rules=(("(params|ema|opt_state)/.*", "fsdp"),),  # (pattern, rule)
+      ),
+      checkpoint=dict(
+        every=500,  # steps between checkpoints
+        keep=2,  # newest checkpoints kept
+      ),
+      log=dict(every=20),  # steps between log lines
+      baseline=True,  # also train the segmenter alone, on real data (ERM)
+      evaluation=dict(
+        batch_size=64,  # test cases predicted at a time
+        synthetic_per_group=64,  # synthetic cases checked in the report
+      ),
+    )
+  )
+
+
+def _optimizer(learning_rate):
+  return dict(
+    learning_rate=learning_rate,  # peak of warm-up and cosine decay
+    warmup_steps=50,
+    weight_decay=1e-4,
+    clip_norm=1.0,  # of the network's gradient
+  )

@@ -1,0 +1,60 @@
+"""Made-up patients with Harvard-FairSeg's imbalance: runs anywhere, at once.
+
+  python launch/train.py --config configs/phantom.py --workdir runs/quickstart
+
+Variants: '' (the quickstart), 'smoke' (seconds; for tests).
+"""
+
+from configs.base import base_config
+
+
+def get_config(variant: str = ""):
+  if variant not in ("", "smoke"):
+    raise ValueError(f"unknown variant {variant!r} of phantom; use '' or smoke")
+  config = base_config()
+  config.data.source = "phantom"
+  config.data.size = (64, 64)
+  config.data.num_points = config.points.num_points = 128
+
+  config.points.latent_dim = 32
+  config.points.encoder_widths = (64, 64, 128, 128)
+  config.points.head_widths = (64, 64)
+  config.points.flow_depth = 6
+  config.points.flow_width = 64
+  config.points.decoder_widths = (64, 128, 128, 64)
+
+  config.train.steps = 800
+  config.train.points = (0, 800)
+  config.train.image = (0, 800)
+  config.train.segmenter = (400, 800)
+  config.bank.every = 200
+  config.checkpoint.every = 200
+  if variant == "smoke":
+    config.data.size = (32, 32)
+    config.data.phantom.train = 24
+    config.data.phantom.test = 2
+    config.points.num_steps = 10
+    config.image.channels = (8, 8)
+    config.image.head_channels = 8
+    config.image.hint_channels = (8,)
+    config.image.sample_steps = 2
+    config.segmenter.channels = (8, 8)
+    config.data.num_points = config.points.num_points = 32
+    config.points.encoder_widths = (16, 16)
+    config.points.head_widths = (16, 16)
+    config.points.latent_dim = 8
+    config.points.flow_depth = 2
+    config.points.flow_width = 16
+    config.points.decoder_widths = (16, 16)
+    config.train.steps = 8
+    config.train.points = config.train.image = (0, 8)
+    config.train.segmenter = (2, 8)
+    config.train.generation_batch = config.train.segmentation_batch = 8
+    config.bank.every = 4
+    config.bank.batch_size = 8
+    config.bank.min_solidity = 0.0
+    config.checkpoint.every = 3
+    config.log.every = 1
+    config.evaluation.batch_size = 8
+    config.evaluation.synthetic_per_group = 4
+  return config.lock()

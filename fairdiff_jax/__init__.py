@@ -1,0 +1,1 @@
+"""Joint training of FairDiff's three networks in JAX, with fairness."""

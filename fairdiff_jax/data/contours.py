@@ -1,0 +1,186 @@
+"""Masks as point clouds and back.
+
+A label of nested disc and cup is two closed curves. Sampled, they become a
+cloud of N points p = (row, column, z), the height z = -5 naming the disc's
+curve and z = +5 the cup's, which a point-cloud diffusion can generate:
+
+    mask -> outer sub-pixel contours {m = 1/2} -> N points farthest apart
+    cloud -> classes by sign(z) -> polygons by angle -> mask
+
+Farthest-point sampling (Eldar et al., 1997) starts from p_0 and repeats
+p_k = argmax_q min_{j<k} |q - p_j|, so points spread evenly over both curves.
+On the way back each class is sorted by angle about its centroid, which
+recovers any star-shaped curve from an unordered cloud, and a pixel belongs to
+the polygon when its centre does (even-odd rule). Coordinates are in pixels
+with pixel centres at integers.
+
+Cloud format after Li et al., "FairDiff: Fair Segmentation with Point-Image
+Diffusion", MICCAI 2024.
+"""
+
+import numpy as np
+from skimage import measure
+
+DISC_Z = -5.0
+CUP_Z = 5.0
+
+
+def mask_to_points(mask: np.ndarray, num_points: int = 512) -> np.ndarray:
+  """Samples the outer contours of disc and cup.
+
+  Of several components the one that encloses most is kept; holes are ignored.
+  Contours with too few vertices are subdivided, so any mask that shows both
+  structures gives a full cloud.
+
+  Args:
+    mask: [H, W], 0 background, 1 rim, 2 cup; the disc is rim and cup.
+    num_points: N, points of both contours together.
+
+  Returns:
+    [N, 3] float32 (row, column, z), in pixels; z is -5 on the disc's contour
+    and +5 on the cup's.
+
+  Raises:
+    ValueError: the mask is not [H, W] with values 0, 1 and 2, or it shows no
+      disc or no cup.
+  """
+  mask = np.asarray(mask)
+  if mask.ndim != 2:
+    raise ValueError(
+      f"mask must be one [H, W] image, not of shape {mask.shape};"
+      " pass masks one at a time"
+    )
+  if num_points < 2:
+    raise ValueError(f"num_points must be at least 2, not {num_points}")
+  if mask.size and (mask.min() < 0 or mask.max() > 2):
+    raise ValueError(
+      f"mask values must be 0 background, 1 rim, 2 cup, not from {mask.min()}"
+      f" to {mask.max()}; convert the mask first (files store 0, -1, -2)"
+    )
+  curves = []
+  for name, z, inside in (
+    ("disc", DISC_Z, mask > 0),
+    ("cup", CUP_Z, mask == 2),
+  ):
+    if not inside.any():
+      raise ValueError(
+        f"the mask shows no {name}, so it has no {name} contour to sample;"
+        " leave this case out, or check how the mask's values are read"
+      )
+    curves.append((_outer_contour(inside), z))
+  parts = -(-num_points // sum(len(curve) for curve, _ in curves))
+  cloud = np.concatenate(
+    [
+      np.insert(_subdivide(curve, parts), 2, z, axis=1) for curve, z in curves
+    ]
+  )
+  return _farthest_points(cloud, num_points).astype(np.float32)
+
+
+def points_to_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Fills the contours of a cloud.
+
+  The cup is painted only where the disc is. What lies outside the image is
+  clipped, and a class of fewer than three points is empty, so any finite
+  cloud gives a valid mask.
+
+  Args:
+    points: [N, 3] float32 (row, column, z), in pixels; z < 0 disc, z > 0 cup, z = 0
+      belongs to neither.
+    shape: (H, W) of the mask.
+
+  Returns:
+    [H, W] uint8, 0 background, 1 rim, 2 cup.
+
+  Raises:
+    ValueError: the points are not [N, 3] or not finite.
+  """
+  points = np.asarray(points, np.float64)
+  if points.ndim != 2 or points.shape[1] != 3:
+    raise ValueError(
+      f"points must be one [N, 3] cloud, not of shape {points.shape};"
+      " pass clouds one at a time"
+    )
+  if not np.isfinite(points).all():
+    bad = int((~np.isfinite(points).all(axis=1)).sum())
+    raise ValueError(
+      f"{bad} of {len(points)} points are not finite; the model that generated"
+      " this cloud has diverged: use an earlier checkpoint, or drop the cloud"
+    )
+  mask = _fill(points[points[:, 2] < 0, :2], shape)
+  mask += mask & _fill(points[points[:, 2] > 0, :2], shape)
+  return mask
+
+
+def _outer_contour(inside: np.ndarray) -> np.ndarray:
+  """Longest-reaching half-level contour of [H, W] bool: [M, 2], not closed."""
+  rows = np.flatnonzero(inside.any(axis=1))
+  columns = np.flatnonzero(inside.any(axis=0))
+  box = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+  # The margin closes every contour, also at the image's border.
+  contours = measure.find_contours(np.pad(box, 1).astype(np.float64), 0.5)
+  largest = max(contours, key=lambda curve: abs(_area(curve)))
+  return largest[:-1] + (rows[0] - 1, columns[0] - 1)
+
+
+def _area(curve: np.ndarray) -> float:
+  """Signed area, in square pixels, of a closed curve [M, 2]."""
+  r, c = (curve - curve[0]).T
+  return 0.5 * float(r[:-1] @ c[1:] - r[1:] @ c[:-1])
+
+
+def _subdivide(curve: np.ndarray, parts: int) -> np.ndarray:
+  """Cuts each side of the closed polygon [M, 2] evenly: [M * parts, 2]."""
+  t = np.arange(parts)[:, None] / parts
+  sides = np.roll(curve, -1, axis=0) - curve
+  return (curve[:, None] + t * sides[:, None]).reshape(-1, 2)
+
+
+def _farthest_points(cloud: np.ndarray, count: int) -> np.ndarray:
+  """Farthest-point sample [count, D] of [M, D], from the first point on."""
+  columns = np.ascontiguousarray(cloud.T)
+  chosen = np.zeros(count, np.intp)
+  nearest = np.full(len(cloud), np.inf)
+  for k in range(1, count):
+    difference = columns - columns[:, chosen[k - 1], None]
+    np.minimum(
+      nearest, np.einsum("dm,dm->m", difference, difference), out=nearest
+    )
+    chosen[k] = nearest.argmax()
+  return cloud[chosen]
+
+
+def _fill(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Fills the polygon through [M, 2] points in order of angle: uint8 [H, W].
+
+  Every side crosses some pixel rows; a crossing at column x flips all pixels
+  from ceil(x) on, so the running parity of the flips is the filled polygon.
+  """
+  height, width = shape
+  mask = np.zeros(shape, np.uint8)
+  if len(points) < 3:
+    return mask
+  offset = points - points.mean(axis=0)
+  r0, c0 = points[np.argsort(np.arctan2(*offset.T), kind="stable")].T
+  r1, c1 = np.roll(r0, -1), np.roll(c0, -1)
+
+  first = np.clip(np.ceil(np.minimum(r0, r1)), 0, height).astype(int)
+  last = np.clip(np.ceil(np.maximum(r0, r1)), 0, height).astype(int)
+  crossed = last - first
+  if not crossed.any():
+    return mask
+  side = np.repeat(np.arange(len(r0)), crossed)
+  start = np.cumsum(crossed) - crossed
+  row = np.arange(len(side)) - start[side] + first[side]
+  slope = (c1 - c0)[side] / (r1 - r0)[side]
+  x = c0[side] + (row - r0[side]) * slope
+  column = np.clip(np.ceil(x), 0, width).astype(int)
+
+  top, left = row.min(), column.min()
+  box = row.max() + 1 - top, column.max() + 1 - left
+  flips = np.bincount(
+    (row - top) * box[1] + column - left, minlength=box[0] * box[1]
+  ).reshape(box)
+  inside = np.cumsum(flips, axis=1, dtype=np.uint8)[:, :-1] & 1
+  mask[top : top + box[0], left : left + box[1] - 1] = inside
+  return mask

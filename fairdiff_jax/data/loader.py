@@ -1,0 +1,124 @@
+"""Batches as a pure function of (seed, step).
+
+Positions step * B ... step * B + B - 1 of an endless sequence of shuffled
+epochs say which cases a step sees; a host materialises only its slice. There
+is no iterator state, so that any step can be computed at any time.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from fairdiff_jax.data.augment import augment
+
+
+class Pool(NamedTuple):
+  """Cases to draw from, and which of them make an epoch.
+
+  Attributes:
+    name: case names [n].
+    image: uint8 [n, H, W].
+    mask: uint8 [n, H, W].
+    group: int32 [n], -1 for unknown.
+    points: float32 [n, N, 3]; N is 0 for cases without.
+    epoch: indices [M] into the cases.
+  """
+
+  name: list[str]
+  image: np.ndarray
+  mask: np.ndarray
+  group: np.ndarray
+  points: np.ndarray
+  epoch: np.ndarray
+
+
+@lru_cache(maxsize=8)
+def _shuffled(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+  return np.random.default_rng([seed, stream, epoch]).permutation(size)
+
+
+def draw(
+  epoch: np.ndarray, *, seed: int, stream: int, step: int, size: int
+) -> np.ndarray:
+  """Case indices [size] of a step's global batch."""
+  position = step * size + np.arange(size)
+  number, offset = np.divmod(position, len(epoch))
+  order = [
+    _shuffled(seed, stream, int(e), len(epoch))[o]
+    for e, o in zip(number, offset, strict=True)
+  ]
+  return epoch[np.asarray(order)]
+
+
+def normalize(image: np.ndarray) -> np.ndarray:
+  """uint8 [..., H, W] -> float32 [..., H, W, 1] in [-1, 1]."""
+  return (image.astype(np.float32) / 127.5 - 1)[..., None]
+
+
+def make_batch(
+  pool: Pool,
+  *,
+  seed: int,
+  stream: int,
+  step: int,
+  size: int,
+  rows: slice,
+  augmented: bool,
+) -> dict[str, np.ndarray]:
+  """This host's rows of a step's global batch.
+
+  Args:
+    pool: what to draw from.
+    seed: the run's seed.
+    stream: tells apart the batches of one step.
+    step: the step.
+    size: global batch size B.
+    rows: which of the B rows this host builds.
+    augmented: whether cases are augmented, each from a generator of its own,
+      seeded by (seed, stream, step, row).
+
+  Returns:
+    image [b, H, W, 1], mask [b, H, W], points [b, N, 3], group [b] and weight
+    [b].
+  """
+  index = draw(pool.epoch, seed=seed, stream=stream, step=step, size=size)
+  index = index[rows]
+  image, mask, points = (x[index] for x in (pool.image, pool.mask, pool.points))
+  if augmented:
+    for i, row in enumerate(range(size)[rows]):
+      rng = np.random.default_rng([seed, stream, step, row])
+      image[i], mask[i], points[i] = augment(
+        rng, image[i], mask[i], points[i]
+      )
+  return {
+    "image": normalize(image),
+    "mask": mask.astype(np.int32),
+    "points": points,
+    "group": pool.group[index].astype(np.int32),
+    "weight": np.ones(len(index), np.float32),
+  }
+
+
+class Prefetcher:
+  """Builds the next step's batch while the devices are busy with this one."""
+
+  def __init__(self, build):
+    self._build = build
+    self._executor = ThreadPoolExecutor(max_workers=1)
+    self._next = None
+
+  def __call__(self, step: int, *, following: int | None):
+    """The batch of `step`; starts on that of `following`, if any."""
+    if self._next is not None and self._next[0] == step:
+      batch = self._next[1].result()
+    else:
+      batch = self._build(step)
+    self._next = None
+    if following is not None:
+      self._next = following, self._executor.submit(self._build, following)
+    return batch
+
+  def close(self):
+    self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,603 @@
+"""The report of a run: one HTML page that needs nothing else, and its data.
+
+`write` takes plain data and leaves `index.html`, `summary.json` (every figure
+by name) and one table of cases per model. The page has no script and loads
+nothing: charts are inline SVG that take the page's colours, images are inline
+PNG under contours drawn as SVG paths. A part without data is left out.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import contourpy
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fairdiff_jax.evaluation import segmentation
+
+FEW = 30  # cases below which a group's mean is marked
+NOISE = 0.5  # points of difference that are not worth a claim
+WORST = 6  # cases shown
+STRIP = 8  # images a group
+CURVE = 60  # points a curve is averaged to
+THUMBNAIL = 320  # pixels of the longer side of an inlined image
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+INK = "#123456"  # stands for the page's text colour until the SVG is inlined
+STYLE = {
+  "svg.fonttype": "none",
+  "svg.hashsalt": "report",
+  "font.size": 10,
+  "axes.titlesize": 11,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  **dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK
+  ),
+  "xtick.color": INK,
+  "ytick.color": INK,
+}
+CSS = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#5a6470;--page:#fff;
+--card:#f5f7f9;--line:#d9dee4;--good:#00694d;--bad:#a63a00}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#a3adb8;
+--page:#14171b;--card:#1d2126;--line:#363d45;--good:#4fd1a5;--bad:#ff9a62}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:2rem 1.25rem 4rem;max-width:70rem;
+background:var(--page);color:var(--ink);overflow-wrap:anywhere;
+font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 .75rem}
+h2{font-size:1.25rem;margin:2.75rem 0 .5rem}
+h3{font-size:1rem;margin:1.25rem 0 .4rem}
+p{max-width:46rem;margin:.4rem 0}
+.verdict{font-size:1.15rem;max-width:52rem;padding:.9rem 1.1rem;
+background:var(--card);border-left:4px solid #0072b2;border-radius:4px}
+.note,small,figcaption{color:var(--soft);font-size:.875rem}
+.scroll{overflow-x:auto;margin:.75rem 0}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;
+overflow-wrap:normal}
+th,td{padding:.35rem .75rem;text-align:right;white-space:nowrap;
+vertical-align:top;
+border-bottom:1px solid var(--line)}
+th{font-weight:600}thead th{vertical-align:bottom}
+th:first-child{text-align:left}th[scope=row]{font-weight:400}
+th[scope=rowgroup]{padding-top:1rem}tbody{border-bottom:2px solid var(--line)}
+.better{color:var(--good)}.worse{color:var(--bad)}
+.charts,.cases,.strip{display:grid;gap:.75rem}
+.charts{grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr))}
+.charts>svg{width:100%;max-width:32rem;height:auto}
+.charts text{font-family:inherit!important}
+.cases{grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr))}
+.strip{grid-template-columns:repeat(8,1fr);gap:.35rem;margin-bottom:.35rem}
+figure{margin:0}.case{display:block;width:100%;height:auto;border-radius:4px}
+path.c{fill:none;stroke-width:1.75;vector-effect:non-scaling-stroke}
+path.label,i.label{stroke:#56b4e9;border-color:#56b4e9}
+path.prediction,i.prediction{stroke:#e69f00;border-color:#e69f00}
+path.prediction{stroke-dasharray:4 2}
+i{display:inline-block;width:1.75rem;border-top:3px solid;
+vertical-align:middle;margin:0 .35rem 0 .1rem}i.prediction{border-style:dashed}
+dl{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;
+gap:.35rem 1.25rem;margin:.75rem 0}
+dt{font-weight:600}dd{margin:0;max-width:46rem}
+@media(max-width:600px){body{padding:1.25rem 1rem 3rem}h1{font-size:1.4rem}
+.strip{grid-template-columns:repeat(4,1fr)}table{font-size:.9rem}
+th,td{padding:.35rem .4rem;white-space:normal}
+dl{display:block}dd{margin-bottom:.6rem}}
+"""
+GLOSSARY = {
+  "Dice, IoU": "Overlap of predicted and labelled pixels of a case, times 100."
+  " A case where label and prediction both lack the structure is left out; one"
+  " where only the label lacks it, or only the prediction, counts 0.",
+  "ES-Dice": "Equity-scaled Dice: overall / (1 + s), where s is the standard"
+  " deviation (divisor: groups less one) of the group means, both in [0, 1];"
+  " the definition of FairDiff's tables. More is better.",
+  "Gap": "Mean Dice of the best group less that of the worst, in points.",
+  "HD95": "95th percentile of the distances between the two outlines, both"
+  " directions pooled, in pixels of the prepared masks. Less is better. Left"
+  " out where label or prediction lacks the structure.",
+  "Cup-to-disc error": "Absolute error of the area ratio of cup to disc. Left"
+  " out where label or prediction has no disc.",
+  "Disc": "Rim and cup together.",
+  "Groups": "Means over the cases of a group. Cases of unknown group count in"
+  " the overall mean only.",
+}
+HEADLINE = {
+  "overall": "All cases",
+  "es": "ES-Dice",
+  "gap": "Gap",
+  "worst": "Worst group",
+}
+NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95, px"}
+
+
+def _esc(text) -> str:
+  return html.escape(str(text))
+
+
+def _number(value: float | None, scale: float = 100, digits: int = 1) -> str:
+  return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+  note = note and f'<p class="note">{note}</p>'
+  return f"<section><h2>{title}</h2>{note}{body}</section>" if body else ""
+
+
+def _th(text: str, scope: str = "col", span: int = 1) -> str:
+  return f'<th scope="{scope}" colspan="{span}">{text}</th>'
+
+
+def _td(text: str, css: str = "") -> str:
+  return f'<td class="{css}">{text}</td>'
+
+
+def _table(label: str, head: list[str], blocks: Mapping[str, list]) -> str:
+  """A table in a box that scrolls by itself.
+
+  Args:
+    label: What the table shows, for screen readers.
+    head: Texts (HTML) of the head, one a column.
+    blocks: Title of a block -> its rows; a row is its head (text) and its
+      cells (with their tags). An empty title takes no row.
+  """
+  parts = []
+  for title, rows in blocks.items():
+    lines = [f"<tr>{_th(title, 'rowgroup', len(head))}</tr>"] if title else []
+    lines += [f"<tr>{_th(r, 'row')}{''.join(cells)}</tr>" for r, *cells in rows]
+    parts.append(f"<tbody>{''.join(lines)}</tbody>")
+  return (
+    f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">'
+    f"<table><thead><tr>{''.join(map(_th, head))}</tr></thead>"
+    f"{''.join(parts)}</table></div>"
+  )
+
+
+def _marked(groups: Mapping[str, int]) -> dict[str, int]:
+  """The same counts, with a mark at the names of small groups."""
+  return {f"{g}\N{NO-BREAK SPACE}†" if n < FEW else g: n for g, n in groups.items()}
+
+
+def _svg(figure: Figure, alt: str) -> str:
+  """The figure as inline SVG without addresses, in the page's text colour."""
+  buffer = io.StringIO()
+  figure.savefig(buffer, format="svg", transparent=True)
+  text = buffer.getvalue()
+  text = text[text.index("<svg") :].replace("xlink:href", "href")
+  text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+  text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+  text = re.sub(r'<g id="[^"]*"', "<g", text).replace(INK, "currentColor")
+  return text.replace("<svg", f'<svg role="img" aria-label="{_esc(alt)}"', 1)
+
+
+def _bars(
+  summaries: Mapping[str, dict], cls: str, groups: Mapping[str, int]
+) -> str:
+  """Bars of the Dice of `cls` by group, one colour a model."""
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(summaries)
+    alt = [f"Dice of the {cls} by group."]
+    for i, (name, figures) in enumerate(summaries.items()):
+      means = figures[cls]["dice"]["groups"]
+      heights = [100 * (means[g]["mean"] or 0) for g in groups]
+      x = np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width
+      bars = axes.bar(x, heights, 0.94 * width, color=PALETTE[i], label=name)
+      axes.bar_label(bars, fmt="%.1f", fontsize=8.5, padding=1)
+      values = zip(groups, heights, strict=True)
+      alt.append(f"{name}: " + ", ".join(f"{g} {h:.1f}" for g, h in values))
+    ticks = [f"{g}\nn={n}" for g, n in _marked(groups).items()]
+    axes.set_xticks(range(len(groups)), ticks)
+    axes.set(title=f"{cls.title()}, Dice", ylim=(0, 100))
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    return _svg(figure, " ".join(alt))
+
+
+def _curves(title: str, curves: Mapping[str, tuple]) -> str:
+  """Lines over training steps; `curves` maps a name to (steps, values)."""
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    styles = ("-", "--", ":", "-.")
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+      axes.plot(
+        steps, values, styles[i % 4], color=PALETTE[i % 6], lw=1.8, label=name
+      )
+    axes.set(title=title, xlabel="step")
+    if len(curves) > 1:
+      figure.legend(loc="outside lower center", frameon=False, ncols=3)
+    ends = ", ".join(
+      f"{k} {v[0]:.3g} to {v[-1]:.3g}" for k, (_, v) in curves.items()
+    )
+    return _svg(figure, f"{title} over training steps: {ends}")
+
+
+def _outline(mask: np.ndarray, css: str) -> str:
+  """Outlines of disc and cup of a mask `[H, W]` as one SVG path."""
+  data = []
+  for region in (mask > 0, mask == 2):
+    field = np.pad(region, 1).astype(np.float32)
+    for line in contourpy.contour_generator(z=field).lines(0.5):
+      points = (f"{x - 0.5:.1f} {y - 0.5:.1f}" for x, y in line)
+      data.append("M" + "L".join(points))
+  return f'<path class="c {css}" d="{"".join(data)}"/>'
+
+
+def _picture(image: np.ndarray, alt: str, **masks: np.ndarray) -> str:
+  """A uint8 image `[H, W]` with the outlines of the masks over it."""
+  height, width = image.shape
+  thumbnail = Image.fromarray(np.ascontiguousarray(image, np.uint8))
+  thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+  buffer = io.BytesIO()
+  thumbnail.save(buffer, "PNG", optimize=True)
+  data = base64.b64encode(buffer.getvalue()).decode()
+  outlines = "".join(_outline(mask, css) for css, mask in masks.items())
+  return (
+    f'<svg class="case" role="img" aria-label="{_esc(alt)}" '
+    f'viewBox="0 0 {width} {height}"><image width="{width}" '
+    f'height="{height}" href="data:image/png;base64,{data}"/>{outlines}</svg>'
+  )
+
+
+def _figures(summary: dict, cls: str) -> dict[str, float | None]:
+  """The Dice of the headline: over all cases, ES, gap and worst group."""
+  dice = summary[cls]["dice"]
+  worst = dice["groups"].get(dice["worst"], {"mean": None})["mean"]
+  return {key: worst if key == "worst" else dice[key] for key in HEADLINE}
+
+
+def _differences(summaries: Mapping[str, dict], cls: str) -> dict:
+  """First model less second; None where one of them has no value."""
+  subject, baseline = (_figures(s, cls) for s in list(summaries.values())[:2])
+  return {
+    key: None if None in (new, baseline[key]) else new - baseline[key]
+    for key, new in subject.items()
+  }
+
+
+def _gain(key: str, difference: float | None) -> int:
+  """1 for better, -1 for worse, 0 for a difference not worth a claim."""
+  if difference is None or abs(100 * difference) <= NOISE:
+    return 0
+  return 1 if (difference < 0) == (key == "gap") else -1
+
+
+def _verdict(summaries: Mapping[str, dict]) -> str:
+  """One sentence: which of the first two models is the fairer, and by what."""
+  name, *others = summaries
+  figures = [_figures(summary, "cup") for summary in summaries.values()][:2]
+  es, gap, worst, dice = (
+    " against ".join(_number(f[key]) for f in figures)
+    for key in ("es", "gap", "worst", "overall")
+  )
+  verdict = "ES-Dice"
+  if others:
+    differences = _differences(summaries, "cup")
+    gains = {_gain(key, differences[key]) for key in ("es", "gap", "worst")}
+    word = {
+      (True, False): "fairer than",
+      (False, True): "less fair than",
+      (True, True): "fairer in one way and less fair in another than",
+      (False, False): "about as fair as",
+    }[1 in gains, -1 in gains]
+    verdict = f"{name} is {word} {others[0]}: ES-Dice"
+  return (
+    f"On the cup, {verdict} {es}, gap between groups {gap} points, worst "
+    f"group {worst}, all cases {dice}."
+  )
+
+
+def _headline(summaries: Mapping[str, dict]) -> str:
+  models = dict(list(summaries.items())[:2])
+  blocks = {}
+  for cls in segmentation.CLASSES:
+    rows = blocks[cls.title()] = []
+    for key, label in HEADLINE.items():
+      row = [label]
+      for summary in models.values():
+        group = summary[cls]["dice"]["worst"] if key == "worst" else None
+        value = _number(_figures(summary, cls)[key])
+        row.append(_td(f"{_esc(group)} {value}" if group else value))
+      if len(models) > 1:
+        difference = _differences(models, cls)[key]
+        word = {1: "better", -1: "worse", 0: ""}[_gain(key, difference)]
+        points = "–" if difference is None else f"{100 * difference:+.1f}"
+        row.append(_td(f"{points.replace('-', '−')} {word}", word))
+      rows.append(row)
+  head = ["Dice", *map(_esc, models)]
+  head += ["Difference"] if len(models) > 1 else []
+  return _table("Headline", head, blocks)
+
+
+def _measures(summaries: Mapping[str, dict], groups: Mapping, n: int) -> str:
+  blocks = {}
+  keys = [(cls, m) for m in NAMES for cls in segmentation.CLASSES]
+  for cls, measure in [*keys, ("cup_to_disc", "error")]:
+    style = {"hd95": (1, 1), "error": (1, 3)}.get(measure, (100, 1))
+    title = f"{cls.title()} {NAMES.get(measure)}"
+    rows = blocks["Cup-to-disc error" if measure == "error" else title] = []
+    for name, summary in summaries.items():
+      figures = summary[cls][measure]
+      means = [(figures["overall"], figures["n"], n)]
+      for group, count in groups.items():
+        figure = figures["groups"][group]
+        means.append((figure["mean"], figure["n"], count))
+      row = [_esc(name)]
+      for mean, defined, count in means:
+        few = f" <small>n={defined}</small>" if defined < count else ""
+        row.append(_td(_number(mean, *style) + few))
+      rows.append(row)
+  head = ["Model"]
+  for title, count in [("All", n), *_marked(groups).items()]:
+    head.append(f"{_esc(title)}<br><small>n={count}</small>")
+  return _table("All measures", head, blocks)
+
+
+def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
+  score = np.stack([columns["cup_dice"], columns["rim_dice"]])
+  known = ~np.isnan(score)
+  count = known.sum(0)
+  total = np.where(known, score, 0).sum(0)
+  mean = np.where(count > 0, total / np.maximum(count, 1), np.inf)
+  figures = []
+  for i in np.argsort(mean, kind="stable")[:WORST]:
+    name, group = columns["name"][i], columns["group"][i]
+    cup, rim = (_number(None if np.isnan(s) else s) for s in score[:, i])
+    text = f"{_esc(name)}<br>{_esc(group)}<br>cup {cup}, rim {rim}"
+    picture = _picture(
+      cases["image"][i],
+      f"Case {name}, {group}, with outlines of label and prediction",
+      label=cases["label"][i],
+      prediction=cases["prediction"][i],
+    )
+    figures.append(f"<figure>{picture}<figcaption>{text}</figcaption></figure>")
+  return f'<div class="cases">{"".join(figures)}</div>'
+
+
+def _strips(
+  groups, case_group, cases: Mapping | None, synthetic: Mapping
+) -> str:
+  """Per group a row of real and a row of synthetic images."""
+  sources = []
+  if cases is not None:
+    sources.append(("Real", cases["image"], cases["label"], case_group))
+  sources.append(
+    ("Synthetic", synthetic["image"], synthetic["mask"], synthetic["group"])
+  )
+  parts = []
+  for group in groups:
+    parts.append(f"<h3>{_esc(group)}</h3>")
+    for source, images, masks, of in sources:
+      chosen = np.flatnonzero(np.asarray(of) == group)[:STRIP]
+      pictures = "".join(
+        _picture(images[i], f"{source} case, {group}", label=masks[i])
+        for i in chosen
+      )
+      note = f"{source}" if len(chosen) else f"{source}: none"
+      parts.append(f'<small>{note}</small><div class="strip">{pictures}</div>')
+  return "".join(parts)
+
+
+def _agreement(agreement: Mapping) -> str:
+  blocks, head = {}, ["Group"]
+  for segmenter, groups in agreement.items():
+    rows = blocks[f"Seen by {_esc(segmenter)}"] = []
+    for group, classes in segmentation.json_ready(groups).items():
+      row = [_esc(group)]
+      for value in classes.values():
+        row += [_td(_number(value[key])) for key in ("synthetic", "real")]
+        row.append(_td(_number(value["ratio"], 1, 2)))
+      rows.append(row)
+      head = ["Group"] + [
+        f"{_esc(cls.title())}<br>{key}"
+        for cls in classes
+        for key in ("synthetic", "real", "ratio")
+      ]
+  return _table("Agreement by segmenter and group", head, blocks)
+
+
+def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
+  sources = list(dict.fromkeys(k for row in counts.values() for k in row))
+  table = {g: [row.get(k, 0) for k in sources] for g, row in counts.items()}
+  table["All"] = np.sum(list(table.values()), axis=0).tolist()
+  rows = [
+    [_esc(group), *(_td(f"{v:,}") for v in [*row, sum(row)])]
+    for group, row in table.items()
+  ]
+  head = ["Group", *map(_esc, sources), "total"]
+  return _table("Training cases by group", head, {"": rows})
+
+
+def read_log(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Loss and risk curves of a `metrics.jsonl`, averaged over bins of steps.
+
+  A step that was logged twice, as after a restart, counts as last written.
+
+  Returns:
+    For every `loss/...` and `risk/...` with a finite value: `[2, k]`, steps
+    and values, k at most `CURVE`.
+  """
+  values: dict[str, dict[int, float]] = {}
+  with open(path, encoding="utf-8") as file:
+    for record in map(json.loads, filter(str.strip, file)):
+      for key, value in record.items():
+        if key.startswith(("loss/", "risk/")) and value is not None:
+          values.setdefault(key, {})[record["step"]] = value
+  curves = {}
+  for key, by_step in values.items():
+    points = np.array(sorted(by_step.items()), float)
+    points = points[np.isfinite(points[:, 1])]
+    if len(points):
+      bins = np.array_split(points, min(CURVE, len(points)))
+      curves[key] = np.transpose([part.mean(0) for part in bins])
+  return curves
+
+
+def _training(log: str | os.PathLike) -> str:
+  curves = read_log(log)
+  charts = [
+    _curves(f"Loss: {key[5:]}", {key[5:]: value})
+    for key, value in curves.items()
+    if key.startswith("loss/")
+  ]
+  risks = {k[5:]: v for k, v in curves.items() if k.startswith("risk/")}
+  charts += [_curves("Risk by group", risks)] if risks else []
+  return "".join(charts) and f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _definitions(items: Mapping) -> str:
+  rows = (f"<dt>{_esc(k)}</dt><dd>{_esc(v)}</dd>" for k, v in items.items())
+  return f"<dl>{''.join(rows)}</dl>"
+
+
+def _check(models: Mapping, cases: Mapping | None) -> None:
+  if not 1 <= len(models) <= len(PALETTE):
+    raise ValueError(f"1 to {len(PALETTE)} models wanted, got {len(models)}")
+  first, *others = (list(columns["name"]) for columns in models.values())
+  if any(names != first for names in others):
+    raise ValueError("the models were not measured on the same cases")
+  for key, value in (cases or {}).items():
+    if len(value) != len(first):
+      raise ValueError(f"{len(value)} in cases[{key!r}], {len(first)} measured")
+
+
+def write(
+  directory: str | os.PathLike,
+  *,
+  title: str,
+  models: Mapping[str, segmentation.Columns],
+  cases: Mapping[str, np.ndarray] | None = None,
+  synthetic: Mapping | None = None,
+  agreement: Mapping | None = None,
+  counts: Mapping[str, Mapping[str, int]] | None = None,
+  log: str | os.PathLike | None = None,
+  facts: Mapping[str, object] | None = None,
+) -> dict:
+  """Writes `index.html`, `summary.json` and tables of cases to `directory`.
+
+  The first model's table is `cases.csv`, the second's `cases_2.csv`, and so
+  on; `summary.json` names them.
+
+  Args:
+    directory: Made if absent; the files in it are replaced.
+    title: Heading of the page.
+    models: Name -> columns of `segmentation.per_case`, on the same cases. The
+      first is the subject, the second, if any, the baseline.
+    cases: Test cases in the order of the columns: `image` `[n, H, W]` uint8,
+      `label` and `prediction` (the subject's) `[n, H, W]`.
+    synthetic: `image` `[m, H, W]` uint8, `mask` `[m, H, W]`, `group` `[m]`
+      names.
+    agreement: Segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
+      its Dice in [0, 1] on synthetic and real cases, and their ratio.
+    counts: Group -> source ("real", "synthetic") -> number of training cases.
+    log: Path of a `metrics.jsonl`.
+    facts: What else there is to say of the run, name -> value.
+
+  Returns:
+    What `summary.json` holds.
+
+  Raises:
+    ValueError: No model, too many, or lengths or cases that do not match.
+  """
+  _check(models, cases)
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  summaries = {name: segmentation.summary(c) for name, c in models.items()}
+  columns = next(iter(models.values()))
+  groups, n = segmentation.groups(columns), len(columns["name"])
+  verdict = _verdict(summaries)
+  tables = {}
+  for i, (name, table) in enumerate(models.items(), 1):
+    tables[name] = "cases.csv" if i == 1 else f"cases_{i}.csv"
+    segmentation.write_csv(directory / tables[name], table)
+  summary = segmentation.json_ready(
+    {
+      "title": title,
+      "verdict": verdict,
+      "n": n,
+      "groups": groups,
+      "models": summaries,
+      "difference": {
+        cls: {"dice": _differences(summaries, cls)}
+        for cls in segmentation.CLASSES
+        if len(models) > 1
+      },
+      "agreement": agreement or {},
+      "training_cases": counts or {},
+      "facts": facts or {},
+      "tables": tables,
+    }
+  )
+  text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+  (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+  sizes = ", ".join(f"{g} {count}" for g, count in _marked(groups).items())
+  if unknown := n - sum(groups.values()):
+    sizes += f", {segmentation.UNKNOWN} {unknown}"
+  few = f"† fewer than {FEW} cases: read with care." if "†" in sizes else ""
+  shown = _esc(next(iter(models)))
+  legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
+  bars = "".join(_bars(summaries, cls, groups) for cls in ("cup", "rim"))
+  body = [
+    _section(
+      "Headline",
+      _headline(summaries),
+      f"In points, on {n} test cases ({_esc(sizes)}). {few} Differences are "
+      f"taken before rounding; up to {NOISE} points they are not called better "
+      "or worse.",
+    ),
+    _section("Dice by group", f'<div class="charts">{bars}</div>'),
+    _section(
+      "All measures by group",
+      _measures(summaries, groups, n),
+      "Dice and IoU in points. A small n in a cell says how many cases the "
+      f"measure is defined for, where that is not all. {few}",
+    ),
+    cases is not None
+    and _section(
+      "Worst cases",
+      _worst_cases(columns, cases),
+      f"The test cases with the lowest mean Dice of cup and rim, {shown}. "
+      f"{legend}",
+    ),
+    synthetic is not None
+    and _section(
+      "Real beside synthetic",
+      _strips(groups, columns["group"], cases, synthetic),
+      f"The first {STRIP} of each group, not selected, with the outlines of "
+      "their masks. Real cases are test cases.",
+    ),
+    agreement
+    and _section(
+      "Agreement of synthetic images with their masks",
+      _agreement(agreement),
+      "Dice of a segmenter on synthetic and on real cases, in points. A ratio "
+      "near 1 says that it finds the mask in the image as well as in real "
+      "ones.",
+    ),
+    counts and _section("Training cases by group", _counts(counts)),
+    log is not None
+    and _section(
+      "Training",
+      _training(log),
+      f"Each curve is averaged to at most {CURVE} points.",
+    ),
+    facts and _section("The run", _definitions(facts)),
+    _section("Definitions", _definitions(GLOSSARY)),
+  ]
+  page = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    f"<title>{_esc(title)}</title><style>{CSS}</style></head><body><main>"
+    f'<h1>{_esc(title)}</h1><p class="verdict">{_esc(verdict)}</p>'
+    f"{''.join(filter(None, body))}</main></body></html>\n"
+  )
+  (directory / "index.html").write_text(page, encoding="utf-8")
+  return summary

@@ -1,0 +1,130 @@
+"""Measures of a segmenter on a test set: case by case, and by group.
+
+The columns made by `per_case` are plain data that explain themselves: the
+group stands there by name, so that they can be written, joined and summarised
+without the vocabulary they came from.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fairdiff_jax.fairness import metrics
+
+CLASSES = {"cup": metrics.CUP, "rim": metrics.RIM, "disc": metrics.DISC}
+MEASURES = {"dice": metrics.dice, "iou": metrics.iou, "hd95": metrics.hd95}
+LOWER_IS_BETTER = ("hd95", "error")
+UNKNOWN = "unknown"
+
+Columns = Mapping[str, np.ndarray]
+
+
+def per_case(
+  labels: np.ndarray,
+  predictions: np.ndarray,
+  names: Sequence[str],
+  group: np.ndarray,
+  group_names: Sequence[str],
+) -> dict[str, np.ndarray]:
+  """Measures every case.
+
+  Args:
+    labels: Masks `[n, H, W]`, 0 background, 1 rim, 2 cup.
+    predictions: Masks `[n, H, W]`.
+    names: Names of the cases, `n` of them.
+    group: `[n]` index into `group_names`, -1 unknown.
+    group_names: Names of the groups.
+
+  Returns:
+    Columns `[n]`: `name`, `group` (the group's name or `UNKNOWN`),
+    `<class>_<measure>` for cup, rim, disc and dice, iou, hd95 (pixels), and
+    `cup_to_disc_error`. NaN where undefined.
+
+  Raises:
+    ValueError: Shapes or lengths differ, or a group has no name.
+  """
+  group = np.asarray(group)
+  if not len(labels) == len(names) == len(group):
+    raise ValueError(
+      f"{len(labels)} labels, {len(names)} names, {len(group)} groups"
+    )
+  if np.any((group < -1) | (group >= len(group_names))):
+    raise ValueError(f"group must lie in -1..{len(group_names) - 1}")
+  columns = {
+    "name": np.asarray(names, str),
+    "group": np.asarray([*group_names, UNKNOWN], str)[group],
+  }
+  for cls, values in CLASSES.items():
+    for measure, function in MEASURES.items():
+      columns[f"{cls}_{measure}"] = function(labels, predictions, values)
+  columns["cup_to_disc_error"] = metrics.cup_to_disc_error(labels, predictions)
+  return columns
+
+
+def write_csv(path: str | os.PathLike, columns: Columns) -> None:
+  """Writes columns `[n]` as a table with a header; NaN becomes an empty cell.
+
+  Raises:
+    ValueError: The columns differ in length.
+  """
+  rows = zip(*(np.asarray(c).tolist() for c in columns.values()), strict=True)
+  with open(path, "w", newline="", encoding="utf-8") as file:
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value):
+  if isinstance(value, float):
+    return "" if math.isnan(value) else f"{value:.6g}"
+  return value
+
+
+def json_ready(tree):
+  """The same nested dict with Python numbers, and None for NaN."""
+  if isinstance(tree, Mapping):
+    return {str(key): json_ready(value) for key, value in tree.items()}
+  if isinstance(tree, np.generic | np.ndarray):
+    tree = tree.tolist()
+  return None if isinstance(tree, float) and math.isnan(tree) else tree
+
+
+def groups(columns: Columns) -> dict[str, int]:
+  """Number of cases of every known group, by name in alphabetical order."""
+  names, counts = np.unique(columns["group"], return_counts=True)
+  return {
+    str(name): int(count)
+    for name, count in zip(names, counts, strict=True)
+    if name != UNKNOWN
+  }
+
+
+def summary(columns: Columns) -> dict[str, dict[str, dict]]:
+  """Figures of a segmenter by class, then measure.
+
+  Args:
+    columns: Columns as `per_case` returns them.
+
+  Returns:
+    `{"cup": {"dice": figures, "iou": figures, "hd95": figures}, "rim": ...,
+    "disc": ..., "cup_to_disc": {"error": figures}}` where `figures` is what
+    `metrics.summarize` returns, with None for NaN so that JSON can hold it.
+  """
+  names = list(groups(columns))
+  index = {name: g for g, name in enumerate(names)}
+  group = np.array([index.get(str(g), -1) for g in columns["group"]], int)
+  keys = [(cls, measure) for cls in CLASSES for measure in MEASURES]
+  result: dict[str, dict[str, dict]] = {}
+  for cls, measure in [*keys, ("cup_to_disc", "error")]:
+    result.setdefault(cls, {})[measure] = json_ready(
+      metrics.summarize(
+        columns[f"{cls}_{measure}"],
+        group,
+        names,
+        lower_is_better=measure in LOWER_IS_BETTER,
+      )
+    )
+  return result

@@ -1,0 +1,170 @@
+r"""The joint objective.
+
+    J(phi, psi, theta) = w_p mean L_points(phi)          generation cases
+                       + w_i mean L_image(psi)           generation cases
+                       + w_s mean l_i(theta)             segmentation cases
+                       + lambda Omega(R_1..R_G)          fairness, on theta
+                       + gamma mean s_i l_i(stop(theta); x0_hat(psi))
+
+A batch has two parts: 'generation', real cases that teach the generators, and
+'segmentation', the mixture of real and synthetic cases that teaches the
+segmenter. The last term is agreement: the image generator's denoised image
+must show its mask to the segmenter; s_i, the signal's share of x_t, leaves
+out steps at which there is nothing yet to see.
+
+Which networks are active is static. An inactive network is neither evaluated
+nor changed, so staged training, joint training and training a segmenter alone
+are the same function.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fairdiff_jax.diffusion.samplers import example_keys
+from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
+from fairdiff_jax.fairness.risk import group_risk, weighted_mean
+from fairdiff_jax.objectives.image import image_task
+from fairdiff_jax.objectives.points import points_task
+from fairdiff_jax.objectives.segmentation import segmentation_task
+from fairdiff_jax.objectives.task import Task, Variables
+
+NETWORKS = ("points", "image", "segmenter")
+
+
+class Objective(NamedTuple):
+  """Everything static about the joint objective.
+
+  Attributes:
+    tasks: task of every network, by name.
+    regularizer: fairness penalty.
+    weights: 'points', 'image', 'segmenter', 'fairness', 'agreement'.
+    group_names: names of the G groups.
+  """
+
+  tasks: dict[str, Task]
+  regularizer: Regularizer
+  weights: dict[str, float]
+  group_names: tuple[str, ...]
+
+
+def make_objective(
+  config, group_names: tuple[str, ...], axis_name: str | None = None
+) -> Objective:
+  """Assembles the objective of a run's config."""
+  num_groups = len(group_names)
+  return Objective(
+    tasks={
+      "points": points_task(config.points, num_groups, axis_name),
+      "image": image_task(config.image, num_groups),
+      "segmenter": segmentation_task(config.segmenter),
+    },
+    regularizer=make_regularizer(
+      config.fairness.method, config.fairness.temperature
+    ),
+    weights={
+      "points": config.objective.points,
+      "image": config.objective.image,
+      "segmenter": config.objective.segmenter,
+      "fairness": config.fairness.weight,
+      "agreement": config.objective.agreement,
+    },
+    group_names=group_names,
+  )
+
+
+def _batch_keys(key, batch, axis_name):
+  """Keys by index in the global batch, the same however it is sharded."""
+  size = len(batch["weight"])
+  start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
+  return example_keys(key, start + jnp.arange(size))
+
+
+def joint_objective(
+  params: dict[str, Any],
+  batch_stats: dict[str, Any],
+  frozen: dict[str, Any],
+  fairness: Any,
+  batch: dict[str, dict[str, jax.Array]],
+  key: jax.Array,
+  *,
+  objective: Objective,
+  active: Collection[str],
+  axis_name: str | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+  """J on one global batch.
+
+  Args:
+    params: by network; only active networks need be there.
+    batch_stats: by network.
+    frozen: by network.
+    fairness: the regularizer's state.
+    batch: 'generation' and 'segmentation' cases, each a dict of image
+      [B, H, W, 1], mask [B, H, W], group [B], weight [B] (and points
+      [B, N, 3] for generation).
+    key: the step's key.
+    objective: tasks, regularizer and weights.
+    active: names of the networks that take part.
+    axis_name: mapped axis of the per-shard view, None for the global view.
+
+  Returns:
+    (J, aux) with aux 'batch_stats' by active network, 'fairness' state and
+    'metrics', a flat dict of scalars.
+  """
+  tasks, weights = objective.tasks, objective.weights
+  total = jnp.zeros(())
+  metrics, aux = {}, {}
+
+  def evaluate(name, part, params):
+    variables = Variables(params, batch_stats[name], frozen[name])
+    network_key = jax.random.fold_in(key, NETWORKS.index(name))
+    keys = _batch_keys(network_key, part, axis_name)
+    return tasks[name].risk(variables, part, keys, True)
+
+  for name in ("points", "image"):
+    if name not in active:
+      continue
+    part = batch["generation"]
+    losses, aux[name] = evaluate(name, part, params[name])
+    metrics[f"loss/{name}"] = weighted_mean(losses, part["weight"], axis_name)
+    total += weights[name] * metrics[f"loss/{name}"]
+
+  if "segmenter" in active:
+    part = batch["segmentation"]
+    losses, aux["segmenter"] = evaluate("segmenter", part, params["segmenter"])
+    mean = weighted_mean(losses, part["weight"], axis_name)
+    risk, count = group_risk(
+      losses,
+      part["group"],
+      part["weight"],
+      len(objective.group_names),
+      axis_name,
+    )
+    penalty, fairness = objective.regularizer.penalty(risk, count, fairness)
+    total += weights["segmenter"] * mean + weights["fairness"] * penalty
+    metrics |= {"loss/segmenter": mean, "loss/fairness": penalty}
+    for g, group_name in enumerate(objective.group_names):
+      # An absent group has no risk: NaN is written as null, never averaged.
+      metrics[f"risk/{group_name}"] = jnp.where(
+        count[g] > 0, risk[g], jnp.nan
+      )
+
+  if {"image", "segmenter"} <= set(active) and weights["agreement"]:
+    part = {**batch["generation"], "image": aux["image"]["x0"]}
+    losses, _ = evaluate(
+      "segmenter", part, jax.lax.stop_gradient(params["segmenter"])
+    )
+    agreement = weighted_mean(
+      losses * aux["image"]["signal"], part["weight"], axis_name
+    )
+    metrics["loss/agreement"] = agreement
+    total += weights["agreement"] * agreement
+
+  metrics["loss/total"] = total
+  return total, {
+    "batch_stats": {name: aux[name]["batch_stats"] for name in aux},
+    "fairness": jax.lax.stop_gradient(fairness),
+    "metrics": metrics,
+  }

@@ -1,0 +1,37 @@
+"""One network as a record of pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class Variables(NamedTuple):
+  """What a network is made of.
+
+  Attributes:
+    params: what learns.
+    batch_stats: running statistics of batch normalisation.
+    frozen: constants taken from the training data or imported weights.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+  frozen: PyTree
+
+
+class Task(NamedTuple):
+  """A network's part in the joint objective.
+
+  Attributes:
+    init: key -> (params, batch_stats).
+    risk: (variables, batch, keys [B], train) -> (losses [B], aux); `aux` is a
+      dict that holds 'batch_stats' and what other terms need.
+    sample: draws from the network; its signature is the network's own.
+  """
+
+  init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+  risk: Callable[..., tuple[jax.Array, dict[str, Any]]]
+  sample: Callable[..., jax.Array] | None = None

@@ -1,0 +1,431 @@
+"""The loop: one for joint, staged and plain segmentation training.
+
+At every step: save if due, refill the bank if due, take the batch, step, log.
+Everything a step needs is a function of (config, data, step, state, bank), so
+that a run stopped at any moment goes on from its last checkpoint to the very
+same parameters.
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from fairdiff_jax.config import claim, config_hash
+from fairdiff_jax.data import statistics
+from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.loader import Pool, Prefetcher, draw, make_batch
+from fairdiff_jax.data.mixture import powered_pool, synthetic_quota
+from fairdiff_jax.data.mixture import training_pool
+from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
+from fairdiff_jax.training.checkpoint import Checkpoints, describe, join
+from fairdiff_jax.training.journal import Journal
+from fairdiff_jax.training.mesh import host_slice, make_mesh, tree_shardings
+from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.step import (
+  AXIS,
+  TrainState,
+  compile_step,
+  init_state,
+  train_step,
+)
+
+STREAMS = {"generation": 0, "segmentation": 1, "pools": 2}
+
+
+class Synthetic(NamedTuple):
+  """Synthetic cases: image and mask uint8 [m, H, W], group int32 [m]."""
+
+  image: np.ndarray
+  mask: np.ndarray
+  group: np.ndarray
+
+
+class Setup(NamedTuple):
+  """What a config fixes before any data is seen."""
+
+  config: Any
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  mesh: Mesh
+  abstract: TrainState  # shapes and shardings of the state
+  init: Callable[[Any], TrainState]  # statistics -> the initial state
+
+
+def group_names(config) -> tuple[str, ...]:
+  """Names of the groups that `config.data.attribute` tells apart."""
+  try:
+    return ATTRIBUTES[config.data.attribute]
+  except KeyError:
+    raise ValueError(
+      f"unknown data.attribute {config.data.attribute!r}; use one of"
+      f" {', '.join(ATTRIBUTES)}"
+    ) from None
+
+
+def active_networks(config, step: int) -> tuple[str, ...]:
+  """The networks that learn at a step."""
+  return tuple(
+    name
+    for name in NETWORKS
+    if config.train[name][0] <= step < config.train[name][1]
+  )
+
+
+def bank_step(config, step: int) -> int | None:
+  """The step whose bank is in use at `step`; None where there is none."""
+  start = config.train.segmenter[0]
+  if config.fairness.strategy != "equal_scale" or step < start:
+    return None
+  return start + (step - start) // config.bank.every * config.bank.every
+
+
+def setup(config) -> Setup:
+  """Builds objective, optimiser and mesh, and describes the state."""
+  names = group_names(config)
+  axis_name = AXIS if config.parallel.compile == "pmap" else None
+  objective = make_objective(config, names, axis_name)
+  optimizer = make_optimizer(
+    config.optimizer,
+    {n: config.train[n][1] - config.train[n][0] for n in NETWORKS},
+  )
+  mesh = make_mesh(config.parallel.fsdp)
+  init = partial(
+    init_state,
+    jax.random.key(config.seed),
+    objective=objective,
+    optimizer=optimizer,
+  )
+  abstract = describe(
+    partial(init, statistics.shapes(len(names))),
+    lambda tree: tree_shardings(tree, mesh, config.parallel.rules),
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return Setup(
+    config,
+    objective,
+    optimizer,
+    mesh,
+    abstract,
+    jax.jit(init, out_shardings=shardings),
+  )
+
+
+def to_host(tree: Any) -> Any:
+  """Arrays of a tree as numpy, whole, on every host."""
+
+  def fetch(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(fetch, tree)
+
+
+def fingerprint(tree: Any) -> str:
+  """SHA-256 over paths, types and bytes of all arrays, in a fixed order."""
+  digest = hashlib.sha256()
+  leaves = jax.tree_util.tree_leaves_with_path(to_host(tree))
+  for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+class _Pools:
+  """The pools of a run and the batches they give."""
+
+  def __init__(self, config, cases: Cases, num_groups: int):
+    self._config = config
+    self._cases = cases
+    self._group = cases.attributes[config.data.attribute]
+    self._num_groups = num_groups
+    self._rng = lambda n: np.random.default_rng(
+      [config.seed, STREAMS["pools"], n]
+    )
+    self.generation = Pool(
+      cases.name,
+      cases.image,
+      cases.mask,
+      self._group,
+      cases.points,
+      powered_pool(self._rng(0), self._group, config.train.generation_power),
+    )
+    self.segmentation = None
+    self.quota = np.zeros(num_groups, int)
+    if config.fairness.strategy == "equal_scale":
+      self.quota = synthetic_quota(
+        self._group,
+        num_groups,
+        size=config.fairness.group_size,
+        real_share=config.fairness.real_share,
+      )
+
+  def mix(self, synthetic: Synthetic | None):
+    """Makes the segmenter's pool from real cases and the bank."""
+    shape = self._cases.image.shape[1:]
+    if synthetic is None:
+      empty = np.empty((0, *shape), np.uint8)
+      synthetic = Synthetic(empty, empty, np.empty(0, np.int32))
+    self.segmentation = Pool(
+      self._cases.name + [f"synthetic_{i}" for i in range(len(synthetic.group))],
+      np.concatenate([self._cases.image, synthetic.image]),
+      np.concatenate([self._cases.mask, synthetic.mask]),
+      np.concatenate([self._group, synthetic.group]),
+      np.empty((len(self._group) + len(synthetic.group), 0, 3), np.float32),
+      training_pool(
+        self._rng(1),
+        self._config.fairness.strategy,
+        self._group,
+        synthetic.group,
+        self._num_groups,
+        size=self._config.fairness.group_size,
+      ),
+    )
+
+  def _parts(self, step):
+    config, active = self._config, active_networks(self._config, step)
+    if {"points", "image"} & set(active):
+      yield "generation", self.generation, config.train.generation_batch
+    if "segmenter" in active:
+      yield "segmentation", self.segmentation, config.train.segmentation_batch
+
+  def batch(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """This host's slice of the step's batch."""
+    return {
+      name: make_batch(
+        pool,
+        seed=self._config.seed,
+        stream=STREAMS[name],
+        step=step,
+        size=size,
+        rows=host_slice(size),
+        augmented=self._config.data.augment,
+      )
+      for name, pool, size in self._parts(step)
+    }
+
+  def ids(self, step: int) -> dict[str, list[str]]:
+    """Names of the cases in the step's global batch."""
+    result = {}
+    for name, pool, size in self._parts(step):
+      index = draw(
+        pool.epoch,
+        seed=self._config.seed,
+        stream=STREAMS[name],
+        step=step,
+        size=size,
+      )
+      result[name] = [pool.name[i] for i in index]
+    return result
+
+
+class _Termination:
+  """Whether the run was asked to stop (SIGTERM), on any host."""
+
+  def __init__(self):
+    self._asked = False
+    self._alone = jax.process_count() == 1
+    if self._alone:
+      self._previous = signal.signal(signal.SIGTERM, self._ask)
+
+  def _ask(self, *_):
+    self._asked = True
+
+  def __call__(self, step: int) -> bool:
+    if self._alone:
+      return self._asked
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def close(self):
+    if self._alone:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+def _prune(root: Path, kept: set[str]):
+  """Removes banks that no checkpoint needs."""
+  for directory in root.glob("step_*"):
+    if directory.name not in kept:
+      shutil.rmtree(directory)
+
+
+def _check_finite(workdir, pools, step, metrics):
+  """Raises with a dump if a step's objective or gradients are not finite."""
+  guarded = {
+    k: float(v)
+    for k, v in metrics.items()
+    if k == "loss/total" or k.startswith("grad_norm/")
+  }
+  if all(np.isfinite(v) for v in guarded.values()):
+    return
+  path = workdir / f"nonfinite_step_{step}.json"
+  if jax.process_index() == 0:
+    numbers = {k: str(float(v)) for k, v in metrics.items()}
+    path.write_text(
+      json.dumps(
+        {"step": step, "cases": pools.ids(step), "metrics": numbers}, indent=2
+      )
+    )
+  raise FloatingPointError(
+    f"step {step} is not finite ({guarded}); its cases and norms are in"
+    f" {path}. Lower the learning rate or look at these cases; the last"
+    " checkpoint is intact"
+  )
+
+
+def train(
+  config,
+  workdir: str | Path,
+  cases: Cases,
+  *,
+  make_refill: Callable[[Setup], Callable[..., Synthetic]] | None = None,
+  name: str = "train",
+) -> TrainState | None:
+  """Trains, or goes on training, a run.
+
+  Args:
+    config: the run's config.
+    workdir: the run's directory, shared by all hosts.
+    cases: training cases.
+    make_refill: setup -> ((state, step, quota [G], directory) -> Synthetic),
+      which generates a bank or reads it back; None for runs without a bank.
+    name: what the progress bar calls the run.
+
+  Returns:
+    The final state, or None if SIGTERM stopped the run early.
+
+  Raises:
+    ValueError: if the work directory belongs to another config, or no group
+      has cases.
+    FloatingPointError: if a step's loss or gradients are not finite.
+  """
+  workdir = Path(workdir)
+  first_host = jax.process_index() == 0
+  claim(workdir, config, write=first_host)
+  run = setup(config)
+  pools = _Pools(config, cases, len(run.objective.group_names))
+  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  restored = checkpoints.restore(run.abstract, ("inference", "training"))
+  if restored is None:
+    start = 0
+    state = run.init(
+      statistics.compute(
+        cases,
+        cases.attributes[config.data.attribute],
+        len(run.objective.group_names),
+        intensity_prior=config.image.intensity_prior,
+      )
+    )
+  else:
+    start, state = restored[0], join(restored[1])
+  total = config.train.steps
+  journal = Journal(
+    workdir, start=start, stop=total, enabled=first_host, name=name
+  )
+  if start:
+    journal.say(f"resuming from the checkpoint of step {start}")
+  termination = _Termination()
+  prefetch = Prefetcher(pools.batch)
+  facts = {"config_sha256": config_hash(config)}
+  compiled, bank, pending = {}, None, None
+  refill = make_refill(run) if make_refill else None
+
+  def settle():
+    """Waits for the step under way and checks it."""
+    nonlocal pending
+    if pending is not None:
+      _check_finite(workdir, pools, *pending)
+      pending = None
+
+  def save(step):
+    settle()
+    bank = bank_step(config, step)
+    named = None if bank is None else bank_name(bank)
+    checkpoints.save(state, facts=facts | {"bank": named})
+    if first_host:
+      needed = {bank_step(config, s) for s in [*checkpoints.steps, step]}
+      _prune(workdir / "bank", {bank_name(b) for b in needed if b is not None})
+
+  try:
+    for step in range(start, total):
+      if termination(step):
+        if step > start:
+          save(step)
+        journal.say(f"SIGTERM: saved step {step}; the same command resumes")
+        return None
+      if step > start and step % config.checkpoint.every == 0:
+        save(step)
+      active = active_networks(config, step)
+      if "segmenter" in active and (
+        pools.segmentation is None or bank != bank_step(config, step)
+      ):
+        settle()
+        bank = bank_step(config, step)
+        synthetic = None
+        if bank is not None and pools.quota.any():
+          directory = workdir / "bank" / bank_name(bank)
+          if step != bank and not directory.exists():
+            raise FileNotFoundError(
+              f"{directory}, named by the checkpoint of step {step}, is"
+              " missing; put it back or remove that checkpoint"
+            )
+          synthetic = refill(state, bank, pools.quota, directory)
+        pools.mix(synthetic)
+      following = step + 1
+      # The batches after a refill are not known before it.
+      if following == total or bank_step(config, following) != bank:
+        following = None
+      if active not in compiled:
+        compiled[active] = compile_step(
+          partial(
+            train_step,
+            objective=run.objective,
+            optimizer=run.optimizer,
+            seed=config.seed,
+            ema_decay=config.train.ema_decay,
+            active=active,
+          ),
+          mesh=run.mesh,
+          shardings=jax.tree.map(lambda x: x.sharding, run.abstract),
+          mode=config.parallel.compile,
+        )
+      batch = prefetch(step, following=following)
+      rows = sum(len(part["weight"]) for part in batch.values())
+      state, metrics = compiled[active](state, batch)
+      settle()
+      pending = step, metrics
+      done = step + 1
+      journal.step()
+      if done % config.log.every == 0 or done == total:
+        numbers = {k: float(v) for k, v in sorted(metrics.items())}
+        journal.log(done, numbers, cases=rows * jax.process_count())
+    settle()
+    if start < total:
+      save(total)
+    journal.log(total, {"params_sha256": fingerprint(state.params)})
+    return state
+  finally:
+    prefetch.close()
+    checkpoints.close()
+    journal.close()
+    termination.close()
+
+
+def bank_name(step: int) -> str:
+  """Directory of the bank filled at a step."""
+  return f"step_{step:08d}"

@@ -1,0 +1,95 @@
+"""Devices as a ('data', 'fsdp') mesh, and how arrays lie on it."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+  """All devices, `fsdp` of them sharing each copy of the parameters.
+
+  Raises:
+    ValueError: if `fsdp` does not divide the number of devices.
+  """
+  count = jax.device_count()
+  if fsdp < 1 or count % fsdp:
+    raise ValueError(
+      f"parallel.fsdp={fsdp} does not divide the {count} devices at hand"
+    )
+  return jax.make_mesh(
+    (count // fsdp, fsdp),
+    ("data", "fsdp"),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+  )
+
+
+def _split_largest(shape: tuple[int, ...], parts: int) -> PartitionSpec:
+  """Splits the largest axis that divides; replicates if none does."""
+  axes = [i for i, size in enumerate(shape) if size % parts == 0]
+  if not axes:
+    return PartitionSpec()
+  largest = max(axes, key=lambda i: shape[i])
+  return PartitionSpec(*[None] * largest, "fsdp")
+
+
+def tree_shardings(
+  tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]
+) -> Any:
+  """A sharding for every array of a tree.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs.
+    mesh: the device mesh.
+    rules: (pattern, rule) pairs; the first pattern found (`re.search`) in an
+      array's path, such as 'params/image/unet/conv_in/kernel', decides: rule
+      'fsdp' splits its largest axis over 'fsdp', 'replicate' copies it.
+      Arrays without a match are replicated.
+
+  Raises:
+    ValueError: if a rule is unknown.
+  """
+  for _, rule in rules:
+    if rule not in ("fsdp", "replicate"):
+      raise ValueError(
+        f"unknown sharding rule {rule!r}; use 'fsdp' or 'replicate'"
+      )
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    rule = next((r for p, r in rules if re.search(p, name)), "replicate")
+    spec = PartitionSpec()
+    if rule == "fsdp":
+      spec = _split_largest(leaf.shape, mesh.shape["fsdp"])
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """Global device arrays from this host's slice of a batch."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    batch,
+  )
+
+
+def host_slice(global_size: int) -> slice:
+  """The rows of a global batch that this host must build.
+
+  Raises:
+    ValueError: if the devices do not divide `global_size`.
+  """
+  if global_size % jax.device_count():
+    raise ValueError(
+      f"a batch of {global_size} cannot be split over"
+      f" {jax.device_count()} devices; choose a multiple"
+    )
+  local = global_size // jax.process_count()
+  return slice(jax.process_index() * local, (jax.process_index() + 1) * local)

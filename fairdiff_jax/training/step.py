@@ -1,0 +1,173 @@
+"""The train step: one pure function of (state, batch), compiled once a phase.
+
+    key = fold_in(key(seed), state.step)
+
+`jit` sees the global batch and lets the compiler place collectives; `pmap`
+sees one shard and names its axis. Both compute the same sums and counts.
+"""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fairdiff_jax.objectives.joint import Objective, joint_objective
+from fairdiff_jax.training.mesh import BATCH, put_batch
+
+AXIS = "batch"  # the mapped axis under pmap
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything a run is, apart from its config and its bank.
+
+  Attributes:
+    step: int32 [], steps done.
+    updates: int32 [] by network, updates done.
+    params: by network.
+    ema: exponential moving average of `params`.
+    batch_stats: by network.
+    frozen: by network.
+    opt_state: by network.
+    fairness: the regularizer's state.
+  """
+
+  step: jax.Array
+  updates: dict[str, jax.Array]
+  params: dict[str, Any]
+  ema: dict[str, Any]
+  batch_stats: dict[str, Any]
+  frozen: dict[str, Any]
+  opt_state: Any
+  fairness: Any
+
+
+def init_state(
+  key: jax.Array,
+  frozen: dict[str, Any],
+  *,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """The state before the first step; pure, so that it can be described."""
+  params, batch_stats = {}, {}
+  for i, (name, task) in enumerate(objective.tasks.items()):
+    params[name], batch_stats[name] = task.init(jax.random.fold_in(key, i))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    updates={name: jnp.zeros((), jnp.int32) for name in params},
+    params=params,
+    ema=jax.tree.map(jnp.copy, params),
+    batch_stats=batch_stats,
+    frozen=jax.tree.map(jnp.asarray, frozen),
+    opt_state=optimizer.init(params),
+    fairness=objective.regularizer.init(len(objective.group_names)),
+  )
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, Any],
+  *,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  ema_decay: float,
+  active: Collection[str],
+  axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update of the active networks; returns the new state and metrics."""
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  trained = {name: state.params[name] for name in active}
+  (_, aux), grads = jax.value_and_grad(joint_objective, has_aux=True)(
+    trained,
+    state.batch_stats,
+    state.frozen,
+    state.fairness,
+    batch,
+    key,
+    objective=objective,
+    active=active,
+    axis_name=axis_name,
+  )
+  if axis_name is not None:
+    # The objective's own psum sums each shard's cotangent over all shards,
+    # so the mean over shards is the gradient of the global objective.
+    grads = jax.lax.pmean(grads, axis_name)
+  updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+  params = {**state.params, **optax.apply_updates(trained, updates)}
+  counts, ema = dict(state.updates), dict(state.ema)
+  metrics = aux["metrics"]
+  for name in active:
+    counts[name] += 1
+    # A young average leans on recent parameters, not on the initial ones.
+    decay = jnp.minimum(ema_decay, counts[name] / (9.0 + counts[name]))
+    ema[name] = optax.incremental_update(params[name], ema[name], 1 - decay)
+    metrics[f"grad_norm/{name}"] = optax.global_norm(grads[name])
+  state = state.replace(
+    step=state.step + 1,
+    updates=counts,
+    params=params,
+    ema=ema,
+    batch_stats={**state.batch_stats, **aux["batch_stats"]},
+    opt_state=opt_state,
+    fairness=aux["fairness"],
+  )
+  return state, metrics
+
+
+def compile_step(
+  step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+  *,
+  mesh: Mesh,
+  shardings: TrainState,
+  mode: str,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Compiles a step for all devices; the state is donated.
+
+  Args:
+    step: (state, batch) and, under 'pmap', `axis_name`.
+    mesh: device mesh.
+    shardings: a sharding for every array of the state.
+    mode: 'jit', or 'pmap' with all state replicated.
+
+  Returns:
+    A function of (state, this host's slice of the batch).
+
+  Raises:
+    ValueError: if `mode` is unknown, or 'pmap' meets a sharded state.
+  """
+  if mode == "jit":
+    compiled = jax.jit(
+      step,
+      in_shardings=(shardings, NamedSharding(mesh, BATCH)),
+      out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+      donate_argnums=0,
+    )
+    return lambda state, batch: compiled(state, put_batch(batch, mesh))
+  if mode != "pmap":
+    raise ValueError(f"unknown parallel.compile {mode!r}; use 'jit' or 'pmap'")
+  if mesh.shape["fsdp"] != 1:
+    raise ValueError("parallel.compile='pmap' replicates; set parallel.fsdp=1")
+  mapped = jax.pmap(
+    partial(step, axis_name=AXIS),
+    axis_name=AXIS,
+    in_axes=(None, 0),
+    out_axes=(None, None),
+    devices=list(mesh.devices.flat),
+    donate_argnums=0,
+  )
+  count = jax.local_device_count()
+
+  def run(state, batch):
+    shards = jax.tree.map(
+      lambda x: np.reshape(x, (count, -1, *x.shape[1:])), batch
+    )
+    return mapped(state, shards)
+
+  return run

@@ -1,0 +1,131 @@
+"""Vocabulary, dialects and words."""
+
+import numpy as np
+import pytest
+
+from fairdiff_jax.data import attributes
+
+KEYS = {name: {*d[:2], *d.markers} for name, d in attributes.DIALECTS.items()}
+
+
+@pytest.mark.parametrize(
+  ("keys", "race", "age", "expected"),
+  [
+    (KEYS["current"], 2, 60, "current"),
+    (KEYS["current"] | KEYS["older"], 2, 20000, "current"),
+    (KEYS["older"], 0, 60, "older"),
+    (KEYS["older"], 7, 20000, "older-237"),
+    (KEYS["older"], 2, 60, "older"),
+    (KEYS["older"], 2, 20000, "older-237"),
+    (KEYS["older"], -1, 20000, "older-237"),
+    (KEYS["older"], None, None, "older"),
+    (KEYS["older-borders"], 1, None, "older-borders"),
+    (KEYS["older-borders"], 3, None, "older-borders-237"),
+    (KEYS["fairdiff"], 2, None, "fairdiff"),
+    (KEYS["fairdomain"] | {"fundus_oct", "oct_disc_cup"}, 2, 60, "fairdomain"),
+  ],
+)
+def test_detects_dialect(keys, race, age, expected):
+  assert attributes.detect_dialect(keys, race=race, age=age) == expected
+
+
+def test_race_2_without_age_is_not_guessed():
+  with pytest.raises(ValueError, match=r"White \(dialect older\) or Asian"):
+    attributes.detect_dialect(KEYS["older"], race=2, file="data_1.npz")
+
+
+def test_no_dialect_names_file_found_and_accepted():
+  with pytest.raises(ValueError) as error:
+    attributes.detect_dialect(["image", "label"], file="data_1.npz")
+  for part in (
+    "data_1.npz",
+    "image, label",
+    "slo_fundus + disc_cup_mask",
+    "fundus_slo + disc_cup + pid",
+    "fundus + disc_cup_borders",
+  ):
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("dialect", "asian_black_white"),
+  [("current", (0, 1, 2)), ("older-237", (2, 3, 7)), ("fairdiff", (2, 3, 7))],
+)
+def test_race_codes(dialect, asian_black_white):
+  for canonical, code in enumerate(asian_black_white):
+    value = np.array(float(code))
+    parsed = attributes.parse_attribute("race", value, dialect=dialect)
+    assert parsed == canonical
+
+
+@pytest.mark.parametrize(
+  ("attribute", "word", "group"),
+  [
+    ("race", "White", "White"),
+    ("race", "black", "Black"),
+    ("gender", " female ", "Female"),
+    ("ethnicity", "non-hispanic", "Non-Hispanic"),
+    ("language", "other", "Other"),
+    ("maritalstatus", "married or partnered", "Married"),
+    ("maritalstatus", "legally separated", "Separated"),
+    ("race", "unknown", "Unknown"),
+    ("race", "", "Unknown"),
+  ],
+)
+def test_words(attribute, word, group):
+  code = attributes.parse_attribute(attribute, word)
+  assert attributes.group_name(attribute, code) == group
+
+
+@pytest.mark.parametrize("value", [None, -1, np.nan, np.array(-1)])
+def test_unknown(value):
+  assert attributes.parse_attribute("gender", value) == -1
+
+
+@pytest.mark.parametrize(
+  ("value", "dialect", "message"),
+  [
+    (5, "current", "data_1.npz: race 5 is not one of 0 Asian, 1 Black, 2 Whi"),
+    (0, "fairdiff", "race 0 is not one of 2 Asian, 3 Black, 7 White, -1 unkn"),
+    (-2, "current", "race -2 is not one of"),
+    (1.5, "current", "race 1.5 is not one of"),
+    ("purple", "current", "race 'purple' is not one of asian, black, white"),
+    (np.zeros(3), "current", "data_1.npz: race .* is not one number"),
+  ],
+)
+def test_out_of_vocabulary(value, dialect, message):
+  with pytest.raises(ValueError, match=message):
+    attributes.parse_attribute(
+      "race", value, dialect=dialect, file="data_1.npz"
+    )
+
+
+def test_age():
+  assert attributes.parse_age(61.5) == 61.5
+  assert attributes.parse_age(20000, dialect="fairdiff") == pytest.approx(
+    54.76, abs=0.01
+  )
+  assert attributes.parse_age("47") == 47
+  assert attributes.parse_age("unknown") == attributes.parse_age(None) == -1
+  with pytest.raises(ValueError, match=r"data_1\.npz: age 20000 is above 130"):
+    attributes.parse_age(20000, file="data_1.npz")
+  with pytest.raises(ValueError, match="age 'old' is not one number"):
+    attributes.parse_age("old")
+
+
+def test_names_and_codes_are_inverse():
+  for attribute, names in attributes.ATTRIBUTES.items():
+    for code, name in enumerate(names):
+      assert attributes.group_name(attribute, code) == name
+      assert attributes.group_code(attribute, name.lower()) == code
+
+
+def test_suggests_names():
+  with pytest.raises(ValueError, match=r"Did you mean 'Asian'\?"):
+    attributes.group_code("race", "Asain")
+  with pytest.raises(ValueError, match=r"Did you mean 'gender'\?"):
+    attributes.group_code("gendre", "Male")
+  with pytest.raises(ValueError, match="Its groups are Asian, Black, White"):
+    attributes.group_code("race", "Zzz")
+  with pytest.raises(ValueError, match="codes 0 to 2"):
+    attributes.group_name("race", 7)

@@ -1,0 +1,466 @@
+"""Reading, checking, preparing and loading npz files."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from fairdiff_jax.data import attributes, contours, fairseg
+
+ROOT = Path(__file__).parents[1]
+H0, W0 = 60, 76
+BUILD = {"size": (40, 48), "num_points": 64, "progress": False}
+
+
+def eye(shape=(H0, W0), cup=0.5):
+  """An image and its mask in the files' codes."""
+  r, c = np.indices(shape)
+  distance = np.hypot(r - 0.45 * shape[0], c - 0.55 * shape[1]) / shape[0]
+  mask = np.where(distance < 0.3 * cup, -2.0, -1.0 * (distance < 0.3))
+  image = (200 - 300 * distance).clip(0, 255).astype(np.uint8)
+  return image, mask
+
+
+def patient(**changes):
+  """Arrays of one file of the current release; None leaves a key out."""
+  image, mask = eye()
+  arrays = {"slo_fundus": image, "disc_cup_mask": mask, "age": 60}
+  arrays |= {"race": 1, "gender": 0, "ethnicity": -1, "language": 2}
+  arrays |= {"maritalstatus": 4} | changes
+  return {k: np.array(v) for k, v in arrays.items() if v is not None}
+
+
+def write_csv(directory, rows):
+  """Writes {stem: use or a row} as data_summary.csv."""
+  columns = ["filename", *attributes.KEYS, "use"]
+  with open(directory / "data_summary.csv", "w", newline="") as file:
+    writer = csv.DictWriter(file, columns, restval="unknown")
+    writer.writeheader()
+    for stem, row in rows.items():
+      row = row if isinstance(row, dict) else {"use": row}
+      writer.writerow({"filename": f"{stem}.npz", **row})
+
+
+@pytest.fixture
+def source(tmp_path):
+  """Three good cases, two to train on."""
+  directory = tmp_path / "source"
+  directory.mkdir()
+  for i in (1, 2, 3):
+    np.savez(directory / f"data_0000{i}.npz", **patient(race=i - 1))
+  write_csv(
+    directory,
+    {"data_00001": "training", "data_00002": "training", "data_00003": "test"},
+  )
+  return directory
+
+
+def test_build_and_load(source, tmp_path):
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  assert report.dialects == {"current": 3}
+  assert report.sizes == {"60 x 76": 3}
+  assert report.counts["train"]["race"] == {
+    "Asian": 1,
+    "Black": 1,
+    "White": 0,
+    "Unknown": 0,
+  }
+  assert report.set_aside == []
+  assert "maritalstatus  Married" in str(report)
+
+  cases = fairseg.load(tmp_path / "data", "train", progress=False)
+  assert cases.name == ["data_00001", "data_00002"]
+  assert cases.image.shape == cases.mask.shape == (2, 40, 48)
+  assert cases.image.dtype == cases.mask.dtype == np.uint8
+  assert cases.points.shape == (2, 64, 3)
+  assert cases.points.dtype == np.float32
+  assert set(np.unique(cases.mask)) == {0, 1, 2}
+  assert set(cases.attributes) == set(attributes.ATTRIBUTES)
+  np.testing.assert_array_equal(cases.attributes["race"], [0, 1])
+  np.testing.assert_array_equal(cases.attributes["ethnicity"], [-1, -1])
+  assert cases.attributes["race"].dtype == np.int32
+  test = fairseg.load(tmp_path / "data", "test", progress=False)
+  assert test.name == ["data_00003"]
+  with pytest.raises(ValueError, match="no split 'val'; it has"):
+    fairseg.load(tmp_path / "data", "val")
+
+
+def dice(a, b):
+  return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("size", [(40, 48), (60, 76), (90, 100)])
+def test_points_and_mask_agree_at_the_prepared_size(source, tmp_path, size):
+  fairseg.build(source, tmp_path / "data", **BUILD | {"size": size})
+  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  mask = contours.points_to_mask(cases.points[0], size)
+  for least in (1, 2):
+    assert dice(mask >= least, cases.mask[0] >= least) > 0.95
+
+
+def test_native_size_is_kept_exactly(source, tmp_path):
+  fairseg.build(source, tmp_path / "data", **BUILD | {"size": (H0, W0)})
+  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  image, mask = eye()
+  np.testing.assert_array_equal(cases.image[0], image)
+  np.testing.assert_array_equal(cases.mask[0], -mask)
+
+
+def test_thin_rim_survives_shrinking(source, tmp_path):
+  _, mask = eye(shape=(200, 200), cup=0.98)
+  image = np.zeros(mask.shape, np.uint8)
+  np.savez(
+    source / "data_00003.npz", slo_fundus=image, disc_cup_mask=mask, race=0
+  )
+  fairseg.build(source, tmp_path / "data", **BUILD | {"size": (50, 50)})
+  small = fairseg.load(tmp_path / "data", "test", progress=False).mask[0]
+  for least in (1, 2):
+    area = (-mask >= least).mean()
+    assert (small >= least).mean() == pytest.approx(area, rel=0.01)
+  assert (small == 1).mean() == pytest.approx((mask == -1).mean(), rel=0.3)
+
+
+@pytest.mark.parametrize("dialect", attributes.DIALECTS)
+def test_every_dialect_reads_the_same(tmp_path, dialect):
+  image, mask = eye()
+  form = attributes.DIALECTS[dialect]
+  white = next(code for code, i in form.race.items() if i == 2)
+  current = dialect == "current"
+  arrays = {
+    form.image: image,
+    form.mask: mask,
+    "race": white,
+    "age": 60 if form.age == "years" else 60 * 365.25,
+    "gender": 1,
+    "ethnicity" if current else "hispanic": 0,
+    "language": 1,
+    "maritalstatus" if current else "marriagestatus": 3,
+    "datadir": np.array({"an": "object"}, object),
+  } | dict.fromkeys(form.markers, 12345)
+  np.savez(tmp_path / "data_00001.npz", **arrays)
+  case = fairseg.read_case(tmp_path / "data_00001.npz")
+  assert case.dialect == dialect
+  assert case.attributes == {
+    "race": 2,
+    "gender": 1,
+    "ethnicity": 0,
+    "language": 1,
+    "maritalstatus": 3,
+    "age": 60,
+  }
+  np.testing.assert_array_equal(case.image, image)
+  np.testing.assert_array_equal(case.mask, -mask)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "scale"), [(np.float32, 1 / 255), (np.float64, 1), (np.int64, 1)]
+)
+def test_image_types(tmp_path, dtype, scale):
+  image, _ = eye()
+  path = tmp_path / "a.npz"
+  np.savez(path, **patient(slo_fundus=(image * scale).astype(dtype)))
+  np.testing.assert_array_equal(fairseg.read_case(path).image, image)
+
+
+IMAGE, MASK = eye()
+BAD = {
+  "a nan": (
+    {"slo_fundus": np.where(IMAGE > 100, np.nan, IMAGE)},
+    "slo_fundus has .* pixels that are NaN",
+  ),
+  "a range": (
+    {"slo_fundus": IMAGE.astype(np.int32) * 300},
+    "goes from 0 to .*; needed is 0 to 255",
+  ),
+  "a colour image": (
+    {"slo_fundus": np.stack([IMAGE] * 3, -1)},
+    r"shape \(60, 76, 3\).* one grey image",
+  ),
+  "mask values": (
+    {"disc_cup_mask": np.where(MASK == -2, 2, MASK)},
+    "holds the values 2; a mask has 0 background, -1 rim and -2 cup",
+  ),
+  "mask with nan": (
+    {"disc_cup_mask": np.where(MASK == -2, np.nan, MASK)},
+    "holds the values nan",
+  ),
+  "no disc": ({"disc_cup_mask": 0 * MASK}, "shows no disc"),
+  "no cup": ({"disc_cup_mask": MASK.clip(-1, 0)}, "shows no cup"),
+  "sizes": (
+    {"disc_cup_mask": MASK[:-1]},
+    "image 60 x 76 and mask 59 x 76 differ in size",
+  ),
+  "keys": ({"disc_cup_mask": None}, "not a known form .* slo_fundus; one of"),
+  "a group": ({"race": 7}, "race 7 is not one of 0 Asian, 1 Black, 2 White"),
+  "an age": ({"age": 20000}, "age 20000 is above 130 years"),
+  "a pickle": (
+    {"race": np.array({"a": 1}, object)},
+    "array 'race' cannot be read .* pickled objects are refused",
+  ),
+  "a lost cup": (
+    {"disc_cup_mask": np.where(MASK == 0, 0, -1 - (IMAGE == IMAGE.max()))},
+    "the cup .* is lost at 40 x 48; choose a larger size",
+  ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_case_is_set_aside_with_its_reason(source, tmp_path, fault):
+  changes, message = BAD[fault]
+  np.savez(source / "data_00002.npz", **patient(**changes))
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  assert report.usable == 2
+  ((file, reason),) = report.set_aside
+  assert file == "data_00002.npz"
+  with pytest.raises(ValueError, match=message):
+    raise ValueError(reason)
+  assert f"data_00002.npz  {reason}" in str(report)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text"])
+def test_damaged_file(source, damage):
+  path = source / "data_00001.npz"
+  np.savez_compressed(path, **patient())
+  data = bytearray(path.read_bytes())
+  if damage == "flipped":
+    data[200:220] = bytes(20)
+  text = b"version https://git-lfs.github.com/spec/v1"
+  path.write_bytes(
+    {
+      "empty": b"",
+      "truncated": data[:-100],
+      "flipped": data,
+      "text": text,
+    }[damage]
+  )
+  with pytest.raises(ValueError, match=r"data_00001.npz: .*download or copy"):
+    fairseg.read_case(path)
+
+
+def test_csv_faults_set_cases_aside(source, tmp_path):
+  write_csv(
+    source,
+    {
+      "data_00001": "training",
+      "data_00002": "validation",
+      "data_00009": "test",
+    },
+  )
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  assert report.usable == 1
+  reasons = dict(report.set_aside)
+  assert "'validation', neither training nor test" in reasons["data_00002.npz"]
+  assert "has no row in data_summary.csv" in reasons["data_00003.npz"]
+  assert report.notes == [
+    "1 of 3 names in data_summary.csv have no file.",
+  ]
+
+
+def test_npz_wins_and_csv_fills(source, tmp_path):
+  row = {"use": "training", "race": "White", "ethnicity": "hispanic"}
+  write_csv(source, {"data_00001": row, "data_00002": row | {"race": "black"}})
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  train = fairseg.load(tmp_path / "data", "train", progress=False)
+  np.testing.assert_array_equal(train.attributes["race"], [0, 1])
+  np.testing.assert_array_equal(train.attributes["ethnicity"], [1, 1])
+  assert report.notes == [
+    "race: data_summary.csv differs from the npz in 1 cases; npz kept."
+  ]
+
+
+def test_unknown_word_in_the_csv(source, tmp_path):
+  row = {"use": "test", "ethnicity": "klingon"}
+  write_csv(source, {"data_00001": "training", "data_00002": row})
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  assert "in data_summary.csv: ethnicity 'klingon'" in report.set_aside[0][1]
+
+
+def test_split_by_list(source, tmp_path):
+  (source / "data_summary.csv").unlink()
+  split = tmp_path / "train.txt"
+  split.write_text("data_000002.npz\ndata_00003\n\ndata_00099\n")
+  report = fairseg.build(source, tmp_path / "data", split=split, **BUILD)
+  assert report.settings["split"].startswith("train.txt (sha256 ")
+  assert "1 of 3 names in" in report.notes[0]
+  names = {
+    part: fairseg.load(tmp_path / "data", part, progress=False).name
+    for part in ("train", "test")
+  }
+  assert names == {
+    "train": ["data_00002", "data_00003"],
+    "test": ["data_00001"],
+  }
+  split.write_text("data_00001")
+  with pytest.raises(FileExistsError, match="split"):
+    fairseg.build(source, tmp_path / "data", split=split, **BUILD)
+
+
+def test_split_by_the_column_train(source, tmp_path):
+  (source / "data_summary.csv").write_text(
+    "filename,train,race\ndata_00001.npz,1,White\ndata_00002.npz,0,Asian\n"
+  )
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  assert report.counts["train"]["gender"]["Female"] == 1
+  assert report.counts["test"]["gender"]["Female"] == 1
+
+
+def test_missing_inputs(source, tmp_path):
+  data = tmp_path / "data"
+  with pytest.raises(FileNotFoundError, match="neither 'use' nor a file"):
+    fairseg.build(source, data, split="nope.txt", **BUILD)
+  with pytest.raises(ValueError, match=r"size must be \(H, W\)"):
+    fairseg.build(source, data, size=(4, 40), num_points=64)
+  with pytest.raises(ValueError, match="num_points must be at least 8, not 0"):
+    fairseg.build(source, data, size=(40, 40), num_points=0)
+  with pytest.raises(FileNotFoundError, match="is not a directory"):
+    fairseg.build(tmp_path / "nope", data, **BUILD)
+  with pytest.raises(FileNotFoundError, match=r"holds no \.npz files"):
+    fairseg.build(tmp_path, data, **BUILD)
+  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py --config"):
+    fairseg.load(data, "train")
+  table = source / "data_summary.csv"
+  table.write_text("name,use\n")
+  with pytest.raises(ValueError, match="no column 'filename'; its columns"):
+    fairseg.build(source, data, **BUILD)
+  table.write_text("filename,race\n")
+  with pytest.raises(ValueError, match="no column 'use'"):
+    fairseg.build(source, data, **BUILD)
+  table.unlink()
+  with pytest.raises(FileNotFoundError, match=r"has no data_summary\.csv"):
+    fairseg.build(source, data, **BUILD)
+  assert not data.exists()
+
+
+def test_nothing_usable(source, tmp_path):
+  write_csv(source, {f"data_0000{i}": "test" for i in (1, 2, 3)})
+  with pytest.raises(ValueError, match="no usable case is in the training"):
+    fairseg.build(source, tmp_path / "data", **BUILD)
+  for path in source.glob("*.npz"):
+    path.write_bytes(b"")
+  with pytest.raises(ValueError, match=r"not one of the 3 .* data_00001\.npz:"):
+    fairseg.build(source, tmp_path / "data", **BUILD)
+  assert fairseg.check(source, progress=False).usable == 0
+
+
+def test_reuses_the_same_and_refuses_other_settings(source, tmp_path):
+  data = tmp_path / "data"
+  report = fairseg.build(source, data, **BUILD)
+  for path in source.iterdir():
+    path.unlink()
+  assert fairseg.build(source, data, **BUILD) == report
+  assert fairseg.check(data) == report
+  with pytest.raises(FileExistsError, match=r"size 40 x 48 \(now 32 x 32\)"):
+    fairseg.build(source, data, **BUILD | {"size": (32, 32)})
+  with pytest.raises(FileExistsError, match=r"source .*source \(now .*other"):
+    fairseg.build(tmp_path / "other", data, **BUILD)
+
+
+def test_killed_build_is_not_taken_for_complete(source, tmp_path, monkeypatch):
+  data = tmp_path / "data"
+  unfinished = []
+
+  def killed(self, records):
+    yield from enumerate(records)
+    unfinished.extend(data.glob("fair_seg/*"))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(fairseg.FairSeg, "_generate_examples", killed)
+  with pytest.raises(KeyboardInterrupt):
+    fairseg.build(source, data, **BUILD)
+  assert ["incomplete" in path.name for path in unfinished] == [True]
+  unfinished[0].mkdir()  # what a kill would leave
+  with pytest.raises(FileNotFoundError):
+    fairseg.load(data, "train")
+  monkeypatch.undo()
+  assert fairseg.build(source, data, **BUILD).usable == 3
+
+
+def test_prepare_phantoms(tmp_path):
+  config = ConfigDict(
+    {
+      "source": "phantom",
+      "size": (32, 40),
+      "num_points": 32,
+      "split": "use",
+      "phantom": {"train": 9, "test": 1, "seed": 0},
+    }
+  )
+  report = fairseg.prepare(config, tmp_path)
+  assert report.set_aside == []
+  assert sum(report.counts["train"]["race"].values()) == 9
+  assert sum(report.counts["test"]["race"].values()) == 3
+  assert fairseg.prepare(config, tmp_path) == report
+  config.phantom.seed = 1
+  with pytest.raises(FileExistsError, match=r"seed 0 \(now .* seed 1\)"):
+    fairseg.prepare(config, tmp_path)
+
+
+CONFIG = """
+import ml_collections
+
+def get_config(variant='small'):
+  return ml_collections.ConfigDict({'data': {
+    'source': 'phantom', 'directory': '', 'size': (32, 32), 'num_points': 32,
+    'split': 'use', 'phantom': {'train': 3, 'test': 1, 'seed': 0}}})
+"""
+
+
+def launch(*arguments):
+  return subprocess.run(
+    [sys.executable, "launch/prepare.py", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={"PYTHONPATH": str(ROOT)},
+  )
+
+
+def test_launch_prepares(source, tmp_path):
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG)
+  options = ("--config", f"{config}:small", "--workdir", tmp_path / "run")
+  result = launch(*options, f"--config.data.source={source}")
+  assert result.returncode == 0, result.stderr
+  assert "3 cases usable, 0 set aside." in result.stdout
+  assert "Unknown size" not in result.stdout
+  cases = fairseg.load(tmp_path / "run/data", "train", progress=False)
+  assert cases.image.shape == (2, 32, 32)
+
+  result = launch(*options, "--config.data.sise=(64,64)")
+  assert result.returncode == 1
+  assert result.stderr == (
+    "error: the config has no field 'sise' Did you mean \"size\" instead of "
+    '"sise"?\n'
+  )
+
+
+def test_launch_checks(source, tmp_path):
+  (source / "data_00002.npz").write_bytes(b"")
+  before = sorted(tmp_path.rglob("*"))
+  result = launch("--check", source)
+  assert result.returncode == 0, result.stderr
+  assert "2 cases usable, 1 set aside:" in result.stdout
+  assert sorted(tmp_path.rglob("*")) == before
+  for path in source.glob("*.npz"):
+    path.write_bytes(b"")
+  result = launch("--check", source)
+  assert result.returncode == 1
+  assert "0 cases usable, 3 set aside:" in result.stdout
+  result = launch("--check", tmp_path / "nope")
+  assert result.returncode == 1
+  assert result.stderr == f"error: {tmp_path / 'nope'} is not a directory.\n"
+
+
+def test_tensorflow_is_not_imported(source, tmp_path):
+  code = (
+    "import sys; from fairdiff_jax.data import fairseg; "
+    f"fairseg.build({str(source)!r}, {str(tmp_path / 'data')!r}, size=(32, 32),"
+    " num_points=32, progress=False); "
+    f"fairseg.load({str(tmp_path / 'data')!r}, 'train', progress=False); "
+    "assert not {'tensorflow', 'torch'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
