@@ -23,6 +23,7 @@ def get_config(variant: str = ""):
   config.points.flow_width = 64
   config.points.decoder_widths = (64, 128, 128, 64)
 
+  config.image.channels = (48, 64)
   config.train.steps = 800
   config.train.points = (0, 800)
   config.train.image = (0, 800)

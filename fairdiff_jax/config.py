@@ -89,3 +89,8 @@ def claim(workdir: str | Path, config: ConfigDict, *, write: bool = True):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(to_json(config) + "\n")
     temporary.replace(path)
+
+
+def data_directory(config: ConfigDict, workdir: str | Path) -> Path:
+  """Where a run's prepared data lies."""
+  return Path(config.data.directory or Path(workdir) / "data")

@@ -57,24 +57,25 @@ def mask_to_points(mask: np.ndarray, num_points: int = 512) -> np.ndarray:
       f"mask values must be 0 background, 1 rim, 2 cup, not from {mask.min()}"
       f" to {mask.max()}; convert the mask first (files store 0, -1, -2)"
     )
-  curves = []
-  for name, z, inside in (
-    ("disc", DISC_Z, mask > 0),
-    ("cup", CUP_Z, mask == 2),
-  ):
+  for name, inside in (("disc", mask > 0), ("cup", mask == 2)):
     if not inside.any():
       raise ValueError(
         f"the mask shows no {name}, so it has no {name} contour to sample;"
         " leave this case out, or check how the mask's values are read"
       )
-    curves.append((_outer_contour(inside), z))
+  rows, columns = (np.flatnonzero((mask > 0).any(axis=k)) for k in (1, 0))
+  # The margin closes every contour, also at the image's border.
+  box = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
+  curves = [
+    (_outer_contour(box > 0), DISC_Z),
+    (_outer_contour(box == 2), CUP_Z),
+  ]
   parts = -(-num_points // sum(len(curve) for curve, _ in curves))
   cloud = np.concatenate(
-    [
-      np.insert(_subdivide(curve, parts), 2, z, axis=1) for curve, z in curves
-    ]
+    [np.insert(_subdivide(curve, parts), 2, z, axis=1) for curve, z in curves]
   )
-  return _farthest_points(cloud, num_points).astype(np.float32)
+  corner = (rows[0] - 1, columns[0] - 1, 0)
+  return (_farthest_points(cloud, num_points) + corner).astype(np.float32)
 
 
 def points_to_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -85,8 +86,8 @@ def points_to_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   cloud gives a valid mask.
 
   Args:
-    points: [N, 3] float32 (row, column, z), in pixels; z < 0 disc, z > 0 cup, z = 0
-      belongs to neither.
+    points: [N, 3] float32 (row, column, z), in pixels; z < 0 disc, z > 0 cup,
+      z = 0 belongs to neither.
     shape: (H, W) of the mask.
 
   Returns:
@@ -113,14 +114,9 @@ def points_to_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _outer_contour(inside: np.ndarray) -> np.ndarray:
-  """Longest-reaching half-level contour of [H, W] bool: [M, 2], not closed."""
-  rows = np.flatnonzero(inside.any(axis=1))
-  columns = np.flatnonzero(inside.any(axis=0))
-  box = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-  # The margin closes every contour, also at the image's border.
-  contours = measure.find_contours(np.pad(box, 1).astype(np.float64), 0.5)
-  largest = max(contours, key=lambda curve: abs(_area(curve)))
-  return largest[:-1] + (rows[0] - 1, columns[0] - 1)
+  """The half-level contour of [H, W] that encloses most: [M, 2], not closed."""
+  contours = measure.find_contours(inside.astype(np.float64), 0.5)
+  return max(contours, key=lambda curve: abs(_area(curve)))[:-1]
 
 
 def _area(curve: np.ndarray) -> float:

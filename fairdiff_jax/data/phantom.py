@@ -6,14 +6,15 @@ balanced data too. So here the *cues conflict* between the groups, while cups
 are of similar size in pixels. With disc D, cup C, crescent K and vessels V as
 soft indicators in [0, 1], the image of a patient of group g is
 
-    x(u) = b + D r + C c + K (1 - D) k - v V + light(u),
+    x(u) = b + D r + C c + K (1 - D) k - v V (1 - f D) + light(u),
     y(u) = blur((x + 1) (1 + s n(u)) - 1),       pixel = 127.5 (y + 1)
 
 where background b, rim contrast r, cup contrast c, crescent gain k and vessel
-depth v are drawn from the group's `Anatomy`: a rim is brighter than its
+depth v come from the group's `Anatomy`: a rim is brighter than its
 surroundings in White and Black patients and darker in Asian ones, and the
 crescent beside the disc, mostly absent in White patients, is bright in one
-minority and dark in the other. n is grainy unit noise (speckle).
+minority and dark in the other. Vessels lose a share f of their depth inside
+the disc; n is grainy unit noise (speckle).
 
 Curves are star-shaped, |u - o| = R e(theta) w(theta), an ellipse e with a
 low-order wobble w. Lengths are those of a 64-pixel image and grow with
@@ -26,9 +27,10 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from fairdiff_jax.data.attributes import ATTRIBUTES
 from scipy import ndimage
 from tqdm import tqdm
+
+from fairdiff_jax.data.attributes import ATTRIBUTES
 
 
 class Anatomy(NamedTuple):
@@ -81,8 +83,8 @@ ANATOMY = {
   ),
 }
 
-# Harvard-FairSeg's training cases, and rough shares of its other attributes;
-# what is missing to 1 is unknown.
+# Race and gender as among Harvard-FairSeg's training cases. The other shares
+# are only plausible; what is missing to 1 is unknown.
 _TRAINING_COUNTS = {"Asian": 752, "Black": 1161, "White": 6087}
 _SHARES = {
   "gender": {"Female": 0.586, "Male": 0.414},
@@ -103,12 +105,13 @@ _WORDS = {
 _COLUMNS = "filename,age,gender,race,ethnicity,language,maritalstatus,use"
 
 _SPECKLE = 0.13  # standard deviation of the multiplicative noise
-_GRAIN = 0.45  # pixels of a 64-pixel image, as are all lengths below
+_GRAIN = 0.6  # pixels of a 64-pixel image, as are all lengths below
 _BLUR = 0.55
-_DISC_EDGE = 0.5
+_DISC_EDGE = 0.6
 _CUP_EDGE = 0.9
 _CENTRE_JITTER = 5.0
-_LIGHT = 0.07  # standard deviation of the light's knots, intensity
+_VESSEL_FADE = 0.5  # share of a vessel's depth lost inside the disc
+_LIGHT = 0.09  # standard deviation of the light's knots, intensity
 
 
 def generate(
@@ -136,7 +139,7 @@ def generate(
   centre = (np.array(shape) - 1) / 2 + scale * rng.uniform(
     -_CENTRE_JITTER, _CENTRE_JITTER, 2
   )
-  temporal = 1 if rng.random() < 0.5 else -1  # column direction: left, right eye
+  temporal = 1 if rng.random() < 0.5 else -1  # side of the fovea, in columns
 
   radius = scale * _draw(rng, anatomy.disc_radius)
   elongation = rng.uniform(1.04, 1.2)
@@ -165,22 +168,23 @@ def generate(
   soft_disc = _soft(disc, scale * _DISC_EDGE)
   x = background + rim * soft_disc + pallor * _soft(cup, scale * _CUP_EDGE)
   if rng.random() < anatomy.crescent_chance:
-    shift = scale * rng.uniform(1.6, 3.4)
+    shift = scale * rng.uniform(1.8, 3.4)
     angle = rng.normal(0.35, 0.5)  # below the temporal side
     crescent = _margin(
       rng,
       grid,
       centre + shift * np.array([np.sin(angle), temporal * np.cos(angle)]),
-      radius + scale * rng.uniform(0.6, 1.8),
+      radius + scale * rng.uniform(1.0, 2.2),
       elongation,
       tilt,
       0.04,
     )
     gain = anatomy.crescent_gain * rng.uniform(0.8, 1.2)
     x += gain * _soft(crescent, scale * _DISC_EDGE) * (1 - soft_disc)
-  x -= anatomy.vessel_depth * _vessels(
+  vessels = _vessels(
     rng, grid, centre + offset, temporal, scale, anatomy.vessels
   )
+  x -= anatomy.vessel_depth * vessels * (1 - _VESSEL_FADE * soft_disc)
   x += _light(rng, shape)
 
   grain = ndimage.gaussian_filter(
@@ -235,7 +239,7 @@ def write(
     train: training cases in total, split over race by `group_counts`.
     test: test cases of *each* race.
     shape: (H, W) of the images.
-    seed: any integer from 0.
+    seed: at least 0.
     progress: whether to show a progress bar.
 
   Raises:
@@ -287,7 +291,7 @@ def write(
 
 
 def _draw(rng, mean_sd: tuple[float, float]) -> float:
-  """Normal draw, cut at 2 standard deviations."""
+  """Normal draw, clipped at 2 standard deviations."""
   mean, sd = mean_sd
   return mean + sd * np.clip(rng.standard_normal(), -2, 2)
 
@@ -365,21 +369,21 @@ def _vessels(rng, grid, origin, temporal, scale, number) -> np.ndarray:
 
 
 def _light(rng, shape: tuple[int, int]) -> np.ndarray:
-  """Uneven illumination [H, W]: random knots, cubic in between."""
-  knots = _LIGHT * rng.standard_normal((4, 4))
-  r = np.linspace(0, 3, shape[0], dtype=np.float32)
-  c = np.linspace(0, 3, shape[1], dtype=np.float32)
-  return _hat(r) @ knots.astype(np.float32) @ _hat(c).T
+  """Uneven illumination [H, W]: a 4 x 4 grid of random knots, smoothed."""
+  knots = _LIGHT * rng.standard_normal((4, 4), np.float32)
+  rows, columns = (_knot_weights(length) for length in shape)
+  return rows @ knots @ columns.T
 
 
-def _hat(t: np.ndarray) -> np.ndarray:
-  """Interpolation weights [T, 4] of knots 0 to 3 at t, smooth and convex."""
+def _knot_weights(length: int) -> np.ndarray:
+  """Weights [length, 4] of four evenly spread knots; each row sums to 1."""
+  t = np.linspace(0, 3, length, dtype=np.float32)
   weights = np.exp(-((t[:, None] - np.arange(4, dtype=np.float32)) ** 2) / 0.7)
   return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _choose(rng, key: str) -> int:
-  """Code of an attribute by Harvard-FairSeg's shares, or -1 for unknown."""
+  """Random code of an attribute, or -1 for unknown."""
   shares = [_SHARES[key][word] for word in ATTRIBUTES[key]]
   codes = [*range(len(shares)), -1]
   return int(rng.choice(codes, p=[*shares, max(0.0, 1 - sum(shares))]))

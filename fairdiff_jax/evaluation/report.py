@@ -34,6 +34,7 @@ INK = "#123456"  # stands for the page's text colour until the SVG is inlined
 STYLE = {
   "svg.fonttype": "none",
   "svg.hashsalt": "report",
+  "text.parse_math": False,
   "font.size": 10,
   "axes.titlesize": 11,
   "axes.spines.top": False,
@@ -64,8 +65,7 @@ background:var(--card);border-left:4px solid #0072b2;border-radius:4px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;
 overflow-wrap:normal}
 th,td{padding:.35rem .75rem;text-align:right;white-space:nowrap;
-vertical-align:top;
-border-bottom:1px solid var(--line)}
+vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600}thead th{vertical-align:bottom}
 th:first-child{text-align:left}th[scope=row]{font-weight:400}
 th[scope=rowgroup]{padding-top:1rem}tbody{border-bottom:2px solid var(--line)}
@@ -88,7 +88,7 @@ gap:.35rem 1.25rem;margin:.75rem 0}
 dt{font-weight:600}dd{margin:0;max-width:46rem}
 @media(max-width:600px){body{padding:1.25rem 1rem 3rem}h1{font-size:1.4rem}
 .strip{grid-template-columns:repeat(4,1fr)}table{font-size:.9rem}
-th,td{padding:.35rem .4rem;white-space:normal}
+th,td{padding:.35rem .4rem;white-space:normal}th:first-child{min-width:5rem}
 dl{display:block}dd{margin-bottom:.6rem}}
 """
 GLOSSARY = {
@@ -161,7 +161,8 @@ def _table(label: str, head: list[str], blocks: Mapping[str, list]) -> str:
 
 def _marked(groups: Mapping[str, int]) -> dict[str, int]:
   """The same counts, with a mark at the names of small groups."""
-  return {f"{g}\N{NO-BREAK SPACE}†" if n < FEW else g: n for g, n in groups.items()}
+  mark = "\N{NO-BREAK SPACE}†"
+  return {g + mark * (n < FEW): n for g, n in groups.items()}
 
 
 def _svg(figure: Figure, alt: str) -> str:
@@ -180,23 +181,33 @@ def _bars(
   summaries: Mapping[str, dict], cls: str, groups: Mapping[str, int]
 ) -> str:
   """Bars of the Dice of `cls` by group, one colour a model."""
+  count = len(summaries)
   with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
+    height = 0.9 + (0.2 * count + 0.1) * len(groups) + 0.2 * count
+    figure = Figure(figsize=(4.2, height), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(summaries)
     alt = [f"Dice of the {cls} by group."]
-    for i, (name, figures) in enumerate(summaries.items()):
-      means = figures[cls]["dice"]["groups"]
-      heights = [100 * (means[g]["mean"] or 0) for g in groups]
-      x = np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width
-      bars = axes.bar(x, heights, 0.94 * width, color=PALETTE[i], label=name)
-      axes.bar_label(bars, fmt="%.1f", fontsize=8.5, padding=1)
-      values = zip(groups, heights, strict=True)
-      alt.append(f"{name}: " + ", ".join(f"{g} {h:.1f}" for g, h in values))
-    ticks = [f"{g}\nn={n}" for g, n in _marked(groups).items()]
-    axes.set_xticks(range(len(groups)), ticks)
-    axes.set(title=f"{cls.title()}, Dice", ylim=(0, 100))
-    figure.legend(loc="outside lower center", frameon=False, ncols=2)
+    for i, (name, summary) in enumerate(summaries.items()):
+      means = [summary[cls]["dice"]["groups"][g]["mean"] for g in groups]
+      y = np.arange(len(groups)) + (i - (count - 1) / 2) * 0.8 / count
+      bars = axes.barh(
+        y,
+        [100 * (mean or 0) for mean in means],
+        0.75 / count,
+        color=PALETTE[i],
+        label=name,
+      )
+      texts = [_number(mean) for mean in means]
+      axes.bar_label(bars, texts, fontsize=8.5, padding=2)
+      alt.append(
+        f"{name}: {', '.join(map(' '.join, zip(groups, texts, strict=True)))}."
+      )
+    ticks = [f"{group} (n={n})" for group, n in _marked(groups).items()]
+    axes.set_yticks(range(len(groups)), ticks)
+    axes.invert_yaxis()
+    axes.set(title=f"{cls.title()}, Dice", xlim=(0, 105))
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", frameon=False)
     return _svg(figure, " ".join(alt))
 
 
@@ -362,25 +373,26 @@ def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
 
 
 def _strips(
-  groups, case_group, cases: Mapping | None, synthetic: Mapping
+  columns: segmentation.Columns, cases: Mapping | None, synthetic: Mapping
 ) -> str:
   """Per group a row of real and a row of synthetic images."""
-  sources = []
+  sources = {
+    "Synthetic": (synthetic["image"], synthetic["mask"], synthetic["group"])
+  }
   if cases is not None:
-    sources.append(("Real", cases["image"], cases["label"], case_group))
-  sources.append(
-    ("Synthetic", synthetic["image"], synthetic["mask"], synthetic["group"])
-  )
+    real = cases["image"], cases["label"], columns["group"]
+    sources = {"Real": real} | sources
   parts = []
-  for group in groups:
+  groups = {*segmentation.groups(columns), *map(str, synthetic["group"])}
+  for group in sorted(groups):
     parts.append(f"<h3>{_esc(group)}</h3>")
-    for source, images, masks, of in sources:
-      chosen = np.flatnonzero(np.asarray(of) == group)[:STRIP]
+    for source, (images, masks, of) in sources.items():
+      chosen = np.flatnonzero(np.asarray(of, str) == group)[:STRIP]
       pictures = "".join(
         _picture(images[i], f"{source} case, {group}", label=masks[i])
         for i in chosen
       )
-      note = f"{source}" if len(chosen) else f"{source}: none"
+      note = source if pictures else f"{source}: none"
       parts.append(f'<small>{note}</small><div class="strip">{pictures}</div>')
   return "".join(parts)
 
@@ -460,12 +472,93 @@ def _definitions(items: Mapping) -> str:
 def _check(models: Mapping, cases: Mapping | None) -> None:
   if not 1 <= len(models) <= len(PALETTE):
     raise ValueError(f"1 to {len(PALETTE)} models wanted, got {len(models)}")
-  first, *others = (list(columns["name"]) for columns in models.values())
+  first, *others = (
+    list(zip(columns["name"], columns["group"], strict=True))
+    for columns in models.values()
+  )
   if any(names != first for names in others):
     raise ValueError("the models were not measured on the same cases")
   for key, value in (cases or {}).items():
     if len(value) != len(first):
       raise ValueError(f"{len(value)} in cases[{key!r}], {len(first)} measured")
+
+
+def _tested(
+  summaries: Mapping[str, dict],
+  columns: segmentation.Columns,
+  cases: Mapping | None,
+) -> str:
+  """What the test cases say: headline, groups, worst cases."""
+  groups, n = segmentation.groups(columns), len(columns["name"])
+  sizes = ", ".join(f"{g} {count}" for g, count in _marked(groups).items())
+  if unknown := n - sum(groups.values()):
+    sizes += f", {segmentation.UNKNOWN} {unknown}"
+  few = f"† fewer than {FEW} cases: read with care." if "†" in sizes else ""
+  rounding = (len(summaries) > 1) * (
+    "Differences are taken before rounding; up to "
+    f"{NOISE} points they are not called better or worse."
+  )
+  subject = _esc(next(iter(summaries)))
+  legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
+  bars = "".join(_bars(summaries, cls, groups) for cls in ("cup", "rim"))
+  sections = [
+    _section(
+      "Headline",
+      _headline(summaries),
+      f"In points, on {n} test cases ({_esc(sizes)}). {few} {rounding}",
+    ),
+    _section("Dice by group", f'<div class="charts">{bars}</div>'),
+    _section(
+      "All measures by group",
+      _measures(summaries, groups, n),
+      "Dice and IoU in points. A small n in a cell says how many cases the "
+      f"measure is defined for, where that is not all. {few}",
+    ),
+    cases is not None
+    and _section(
+      "Worst cases",
+      _worst_cases(columns, cases),
+      f"The test cases with the lowest mean Dice of cup and rim, {subject}. "
+      f"{legend}",
+    ),
+  ]
+  return "".join(filter(None, sections))
+
+
+def _trained(
+  columns: segmentation.Columns,
+  cases: Mapping | None,
+  synthetic: Mapping | None,
+  agreement: Mapping | None,
+  counts: Mapping | None,
+  log: str | os.PathLike | None,
+) -> str:
+  """What it was trained on and how: synthetic cases, counts, curves."""
+  sections = [
+    synthetic is not None
+    and _section(
+      "Real beside synthetic",
+      _strips(columns, cases, synthetic),
+      f"The first {STRIP} of each group, not selected, with the outlines of "
+      "their masks. Real cases are test cases.",
+    ),
+    agreement
+    and _section(
+      "Agreement of synthetic images with their masks",
+      _agreement(agreement),
+      "Dice of a segmenter on synthetic and on real cases, in points. A ratio "
+      "near 1 says that it finds the mask in the image as well as in real "
+      "ones.",
+    ),
+    counts and _section("Training cases by group", _counts(counts)),
+    log is not None
+    and _section(
+      "Training",
+      _training(log),
+      f"Each curve is averaged to at most {CURVE} points.",
+    ),
+  ]
+  return "".join(filter(None, sections))
 
 
 def write(
@@ -511,7 +604,6 @@ def write(
   directory.mkdir(parents=True, exist_ok=True)
   summaries = {name: segmentation.summary(c) for name, c in models.items()}
   columns = next(iter(models.values()))
-  groups, n = segmentation.groups(columns), len(columns["name"])
   verdict = _verdict(summaries)
   tables = {}
   for i, (name, table) in enumerate(models.items(), 1):
@@ -521,8 +613,8 @@ def write(
     {
       "title": title,
       "verdict": verdict,
-      "n": n,
-      "groups": groups,
+      "n": len(columns["name"]),
+      "groups": segmentation.groups(columns),
       "models": summaries,
       "difference": {
         cls: {"dice": _differences(summaries, cls)}
@@ -538,66 +630,16 @@ def write(
   text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
   (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
 
-  sizes = ", ".join(f"{g} {count}" for g, count in _marked(groups).items())
-  if unknown := n - sum(groups.values()):
-    sizes += f", {segmentation.UNKNOWN} {unknown}"
-  few = f"† fewer than {FEW} cases: read with care." if "†" in sizes else ""
-  shown = _esc(next(iter(models)))
-  legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
-  bars = "".join(_bars(summaries, cls, groups) for cls in ("cup", "rim"))
-  body = [
-    _section(
-      "Headline",
-      _headline(summaries),
-      f"In points, on {n} test cases ({_esc(sizes)}). {few} Differences are "
-      f"taken before rounding; up to {NOISE} points they are not called better "
-      "or worse.",
-    ),
-    _section("Dice by group", f'<div class="charts">{bars}</div>'),
-    _section(
-      "All measures by group",
-      _measures(summaries, groups, n),
-      "Dice and IoU in points. A small n in a cell says how many cases the "
-      f"measure is defined for, where that is not all. {few}",
-    ),
-    cases is not None
-    and _section(
-      "Worst cases",
-      _worst_cases(columns, cases),
-      f"The test cases with the lowest mean Dice of cup and rim, {shown}. "
-      f"{legend}",
-    ),
-    synthetic is not None
-    and _section(
-      "Real beside synthetic",
-      _strips(groups, columns["group"], cases, synthetic),
-      f"The first {STRIP} of each group, not selected, with the outlines of "
-      "their masks. Real cases are test cases.",
-    ),
-    agreement
-    and _section(
-      "Agreement of synthetic images with their masks",
-      _agreement(agreement),
-      "Dice of a segmenter on synthetic and on real cases, in points. A ratio "
-      "near 1 says that it finds the mask in the image as well as in real "
-      "ones.",
-    ),
-    counts and _section("Training cases by group", _counts(counts)),
-    log is not None
-    and _section(
-      "Training",
-      _training(log),
-      f"Each curve is averaged to at most {CURVE} points.",
-    ),
-    facts and _section("The run", _definitions(facts)),
-    _section("Definitions", _definitions(GLOSSARY)),
-  ]
   page = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width,initial-scale=1">'
     f"<title>{_esc(title)}</title><style>{CSS}</style></head><body><main>"
     f'<h1>{_esc(title)}</h1><p class="verdict">{_esc(verdict)}</p>'
-    f"{''.join(filter(None, body))}</main></body></html>\n"
+    f"{_tested(summaries, columns, cases)}"
+    f"{_trained(columns, cases, synthetic, agreement, counts, log)}"
+    f"{_section('The run', _definitions(facts)) if facts else ''}"
+    f"{_section('Definitions', _definitions(GLOSSARY))}"
+    "</main></body></html>\n"
   )
   (directory / "index.html").write_text(page, encoding="utf-8")
   return summary

@@ -54,7 +54,7 @@ def per_case(
   if np.any((group < -1) | (group >= len(group_names))):
     raise ValueError(f"group must lie in -1..{len(group_names) - 1}")
   columns = {
-    "name": np.asarray(names, str),
+    "name": np.asarray(list(names), str),
     "group": np.asarray([*group_names, UNKNOWN], str)[group],
   }
   for cls, values in CLASSES.items():
@@ -84,12 +84,16 @@ def _cell(value):
 
 
 def json_ready(tree):
-  """The same nested dict with Python numbers, and None for NaN."""
+  """The same nested data in JSON's types, with None for NaN and infinity."""
   if isinstance(tree, Mapping):
     return {str(key): json_ready(value) for key, value in tree.items()}
   if isinstance(tree, np.generic | np.ndarray):
     tree = tree.tolist()
-  return None if isinstance(tree, float) and math.isnan(tree) else tree
+  if isinstance(tree, list | tuple):
+    return [json_ready(value) for value in tree]
+  if isinstance(tree, float):
+    return tree if math.isfinite(tree) else None
+  return tree if isinstance(tree, int | str | None) else str(tree)
 
 
 def groups(columns: Columns) -> dict[str, int]:

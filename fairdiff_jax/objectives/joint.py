@@ -51,16 +51,20 @@ class Objective(NamedTuple):
 
 
 def make_objective(
-  config, group_names: tuple[str, ...], axis_name: str | None = None
+  config,
+  group_names: tuple[str, ...],
+  networks: tuple[str, ...] = NETWORKS,
+  axis_name: str | None = None,
 ) -> Objective:
-  """Assembles the objective of a run's config."""
+  """Assembles the objective of a run's config, with some of its networks."""
   num_groups = len(group_names)
+  makers = {
+    "points": lambda: points_task(config.points, num_groups, axis_name),
+    "image": lambda: image_task(config.image, num_groups),
+    "segmenter": lambda: segmentation_task(config.segmenter),
+  }
   return Objective(
-    tasks={
-      "points": points_task(config.points, num_groups, axis_name),
-      "image": image_task(config.image, num_groups),
-      "segmenter": segmentation_task(config.segmenter),
-    },
+    tasks={name: makers[name]() for name in networks},
     regularizer=make_regularizer(
       config.fairness.method, config.fairness.temperature
     ),

@@ -93,14 +93,16 @@ def bank_step(config, step: int) -> int | None:
 
 
 def setup(config) -> Setup:
-  """Builds objective, optimiser and mesh, and describes the state."""
+  """Builds objective, optimiser and mesh, and describes the state.
+
+  Networks that never learn are left out.
+  """
   names = group_names(config)
   axis_name = AXIS if config.parallel.compile == "pmap" else None
-  objective = make_objective(config, names, axis_name)
-  optimizer = make_optimizer(
-    config.optimizer,
-    {n: config.train[n][1] - config.train[n][0] for n in NETWORKS},
-  )
+  num_updates = {n: config.train[n][1] - config.train[n][0] for n in NETWORKS}
+  num_updates = {n: count for n, count in num_updates.items() if count > 0}
+  objective = make_objective(config, names, tuple(num_updates), axis_name)
+  optimizer = make_optimizer(config.optimizer, num_updates)
   mesh = make_mesh(config.parallel.fsdp)
   init = partial(
     init_state,
@@ -109,7 +111,7 @@ def setup(config) -> Setup:
     optimizer=optimizer,
   )
   abstract = describe(
-    partial(init, statistics.shapes(len(names))),
+    partial(init, _constants(statistics.shapes(len(names)), objective)),
     lambda tree: tree_shardings(tree, mesh, config.parallel.rules),
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -119,8 +121,17 @@ def setup(config) -> Setup:
     optimizer,
     mesh,
     abstract,
-    jax.jit(init, out_shardings=shardings),
+    # Compiled once for one use: optimising it takes longer than running it.
+    jax.jit(
+      init,
+      out_shardings=shardings,
+      compiler_options={"xla_backend_optimization_level": 0},
+    ),
   )
+
+
+def _constants(stats: dict[str, Any], objective: Objective) -> dict[str, Any]:
+  return {name: stats[name] for name in objective.tasks}
 
 
 def to_host(tree: Any) -> Any:
@@ -323,14 +334,13 @@ def train(
   restored = checkpoints.restore(run.abstract, ("inference", "training"))
   if restored is None:
     start = 0
-    state = run.init(
-      statistics.compute(
-        cases,
-        cases.attributes[config.data.attribute],
-        len(run.objective.group_names),
-        intensity_prior=config.image.intensity_prior,
-      )
+    stats = statistics.compute(
+      cases,
+      cases.attributes[config.data.attribute],
+      len(run.objective.group_names),
+      intensity_prior=config.image.intensity_prior,
     )
+    state = run.init(_constants(stats, run.objective))
   else:
     start, state = restored[0], join(restored[1])
   total = config.train.steps

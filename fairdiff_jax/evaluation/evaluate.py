@@ -1,0 +1,219 @@
+"""Evaluation of a run: from its checkpoint to a report."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from fairdiff_jax import config as configs
+from fairdiff_jax.data.fairseg import Cases, load
+from fairdiff_jax.data.loader import normalize
+from fairdiff_jax.evaluation import report, segmentation
+from fairdiff_jax.fairness.metrics import CUP, RIM, dice
+from fairdiff_jax.objectives.task import Variables
+from fairdiff_jax.synthesis.generate import Generated, make_generator
+from fairdiff_jax.training.checkpoint import Checkpoints
+from fairdiff_jax.training.loop import Setup, setup, to_host
+from fairdiff_jax.training.mesh import put_batch
+
+SUBJECT, BASELINE = "FairDiff, joint", "Baseline (ERM)"
+
+
+def restore(workdir: str | Path, run: Setup) -> tuple[int, dict[str, Any]]:
+  """Step and inference part of a run's newest checkpoint.
+
+  Raises:
+    FileNotFoundError: if the run has no checkpoint yet.
+  """
+  checkpoints = Checkpoints(workdir)
+  restored = checkpoints.restore(run.abstract)
+  checkpoints.close()
+  if restored is None:
+    raise FileNotFoundError(
+      f"{workdir} has no checkpoint yet; let the run train further"
+    )
+  return restored[0], restored[1]["inference"]
+
+
+def make_predictor(
+  run: Setup, inference: dict[str, Any], batch_size: int
+) -> Callable[[np.ndarray], np.ndarray]:
+  """The segmenter as (images uint8 [n, H, W]) -> labels uint8 [n, H, W]."""
+  size = -(-batch_size // jax.device_count()) * jax.device_count()
+  per_host = size // jax.process_count()
+  first = jax.process_index() * per_host
+  variables = Variables(
+    *(inference[k]["segmenter"] for k in ("ema", "batch_stats", "frozen"))
+  )
+  function = jax.jit(
+    run.objective.tasks["segmenter"].sample,
+    out_shardings=NamedSharding(run.mesh, PartitionSpec()),
+  )
+
+  def predict(images):
+    labels = []
+    for start in range(0, len(images), size):
+      part = images[start : start + size]
+      rows = len(part)
+      part = np.pad(part, ((0, size - rows), (0, 0), (0, 0)))
+      part = normalize(part[first : first + per_host])
+      result = function(variables, put_batch(part, run.mesh))
+      labels.append(to_host(result)[:rows].astype(np.uint8))
+    return np.concatenate(labels)
+
+  return predict
+
+
+def synthesize(
+  run: Setup, inference: dict[str, Any], per_group: int
+) -> tuple[Generated, np.ndarray]:
+  """Fresh synthetic cases of every group, and their groups [n]."""
+  generate = make_generator(run)
+  group = np.repeat(
+    np.arange(len(run.objective.group_names), dtype=np.int32), per_group
+  )
+  number = np.arange(len(group))
+  size = run.config.bank.batch_size
+  # Seeds of banks are at least 0: these cases are in none of them.
+  seed = (1 << 31) - 1 - run.config.seed
+  chunks = [
+    generate(inference, seed, number[i : i + size], group[i : i + size])
+    for i in tqdm(
+      range(0, len(group), size),
+      desc="synthetic cases",
+      unit="batch",
+      disable=jax.process_index() != 0,
+    )
+  ]
+  return Generated(*map(np.concatenate, zip(*chunks, strict=True))), group
+
+
+def agreement(
+  predict: Callable[[np.ndarray], np.ndarray],
+  generated: Generated,
+  synthetic_group: np.ndarray,
+  test: Cases,
+  test_group: np.ndarray,
+  names: tuple[str, ...],
+) -> dict[str, dict[str, dict[str, float]]]:
+  """A segmenter's Dice on synthetic cases beside its Dice on real ones.
+
+  Returns:
+    group (or 'all', the mean over groups) -> class -> {'synthetic', 'real',
+    'ratio'}.
+  """
+  sides = {
+    "synthetic": (generated.mask, predict(generated.image), synthetic_group),
+    "real": (test.mask, predict(test.image), test_group),
+  }
+  result = {}
+  for g, name in enumerate(names):
+    result[name] = {}
+    for cls, code in (("cup", CUP), ("rim", RIM)):
+      means = {}
+      for side, (label, prediction, group) in sides.items():
+        member = group == g
+        scores = dice(label[member], prediction[member], code)
+        scores = scores[np.isfinite(scores)]
+        means[side] = float(scores.mean()) if len(scores) else float("nan")
+      result[name][cls] = means
+  result["all"] = {
+    cls: {
+      side: float(np.nanmean([result[name][cls][side] for name in names]))
+      for side in sides
+    }
+    for cls in ("cup", "rim")
+  }
+  for classes in result.values():
+    for means in classes.values():
+      means["ratio"] = means["synthetic"] / means["real"]
+  return result
+
+
+def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
+  """Evaluates a run, with its baseline if it has one, and writes the report.
+
+  Args:
+    workdir: the run's directory.
+    directory: where the report goes; None for `<workdir>/report`.
+
+  Returns:
+    What `summary.json` holds; on hosts other than the first, {}.
+  """
+  workdir = Path(workdir)
+  config = configs.load(workdir)
+  run = setup(config)
+  step, inference = restore(workdir, run)
+  names = run.objective.group_names
+  data = configs.data_directory(config, workdir)
+  test, train = load(data, "test"), load(data, "train")
+  test_group = test.attributes[config.data.attribute]
+  train_group = train.attributes[config.data.attribute]
+  size = config.evaluation.batch_size
+  predictors = {SUBJECT: make_predictor(run, inference, size)}
+  if (workdir / "baseline" / "checkpoints").exists():
+    baseline = setup(configs.load(workdir / "baseline"))
+    _, parameters = restore(workdir / "baseline", baseline)
+    predictors[BASELINE] = make_predictor(baseline, parameters, size)
+  predictions = {
+    name: predict(test.image) for name, predict in predictors.items()
+  }
+  synthetic, agreements = None, None
+  if {"points", "image"} <= run.objective.tasks.keys():
+    per_group = config.evaluation.synthetic_per_group
+    generated, group = synthesize(run, inference, per_group)
+    synthetic = {
+      "image": generated.image,
+      "mask": generated.mask,
+      "group": np.asarray(names)[group],
+    }
+    agreements = {
+      name: agreement(predict, generated, group, test, test_group, names)
+      for name, predict in predictors.items()
+    }
+  if jax.process_index() != 0:
+    return {}
+  counts = {
+    name: {"real": int((train_group == g).sum()), "synthetic": 0}
+    for g, name in enumerate(names)
+  }
+  banks = sorted((workdir / "bank").glob("step_*/cases.npz"))
+  if banks:
+    with np.load(banks[-1], allow_pickle=False) as bank:
+      for g, name in enumerate(names):
+        counts[name]["synthetic"] = int((bank["group"] == g).sum())
+  return report.write(
+    directory or workdir / "report",
+    title=f"Fair segmentation of {workdir.name}",
+    models={
+      name: segmentation.per_case(
+        test.mask, prediction, test.name, test_group, names
+      )
+      for name, prediction in predictions.items()
+    },
+    cases={
+      "image": test.image,
+      "label": test.mask,
+      "prediction": predictions[SUBJECT],
+    },
+    synthetic=synthetic,
+    agreement=agreements,
+    counts=counts,
+    log=workdir / "metrics.jsonl",
+    facts={
+      "data": config.data.source,
+      "attribute": config.data.attribute,
+      "image size": "x".join(map(str, config.data.size)),
+      "training cases": len(train.name),
+      "test cases": len(test.name),
+      "steps": step,
+      "fairness method": config.fairness.method,
+      "data strategy": config.fairness.strategy,
+      "seed": config.seed,
+      "config sha256": configs.config_hash(config),
+    },
+  )

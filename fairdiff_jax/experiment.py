@@ -1,0 +1,56 @@
+"""A whole experiment: data, joint training, baseline, report."""
+
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from fairdiff_jax.config import data_directory
+from fairdiff_jax.data.fairseg import load, prepare
+from fairdiff_jax.evaluation.evaluate import evaluate
+from fairdiff_jax.synthesis.bank import make_refill
+from fairdiff_jax.training.loop import train
+
+
+def baseline_config(config: ConfigDict) -> ConfigDict:
+  """The same segmenter and steps on real data alone, without regularizer."""
+  baseline = config.copy_and_resolve_references()
+  with baseline.unlocked():
+    start, stop = config.train.segmenter
+    baseline.train.steps = stop - start
+    baseline.train.segmenter = (0, stop - start)
+    baseline.train.points = baseline.train.image = (0, 0)
+    baseline.fairness.method = baseline.fairness.strategy = "none"
+    baseline.baseline = False
+  return baseline
+
+
+def run(config: ConfigDict, workdir: str | Path) -> bool:
+  """Runs an experiment, or goes on with it.
+
+  Args:
+    config: what to do.
+    workdir: the run's directory; the report is in its `report`.
+
+  Returns:
+    True if it is complete, False if SIGTERM stopped it.
+  """
+  workdir = Path(workdir)
+  directory = data_directory(config, workdir)
+  if config.data.source == "phantom":
+    if jax.process_index() == 0:
+      prepare(config.data, directory)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("data")
+  cases = load(directory, "train")
+  if train(config, workdir, cases, make_refill=make_refill) is None:
+    return False
+  if config.baseline:
+    state = train(
+      baseline_config(config), workdir / "baseline", cases, name="baseline"
+    )
+    if state is None:
+      return False
+  evaluate(workdir)
+  return True

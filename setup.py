@@ -1,0 +1,37 @@
+"""Metadata of fairdiff_jax; exact versions are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+  name="fairdiff_jax",
+  version="0.1.0",
+  description="Joint training of FairDiff's three networks in JAX.",
+  long_description=Path("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["fairdiff_jax", "fairdiff_jax.*", "configs"]),
+  install_requires=[
+    "absl-py",
+    "array_record",
+    "flax",
+    "jax",
+    "matplotlib",
+    "ml-collections",
+    "numpy",
+    "opencv-python-headless",
+    "optax",
+    "orbax-checkpoint>=0.12",
+    "pillow",
+    "scipy",
+    "tensorboardX",
+    "tensorflow-datasets",
+    "tqdm",
+  ],
+  extras_require={
+    "test": ["chex", "hypothesis", "pytest", "ruff"],
+    "parity": ["torch", "diffusers", "transformers"],
+  },
+)

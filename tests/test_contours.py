@@ -1,0 +1,223 @@
+"""Masks as point clouds and back: fidelity, geometry, refusals."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fairdiff_jax.data import phantom
+from fairdiff_jax.data.contours import mask_to_points, points_to_mask
+
+FULL = (664, 798)
+
+
+def dice(a, b):
+  return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def ellipses(shape=(96, 112), centre=(45, 50), disc=(24, 20), cup=(11, 9)):
+  r, c = np.indices(shape)
+  r, c = r - centre[0], c - centre[1]
+  inside = [np.hypot(r / a, c / b) < 1 for a, b in (disc, cup)]
+  return inside[0].astype(np.uint8) + (inside[0] & inside[1])
+
+
+def farthest(cloud, other):
+  """Largest distance from a point of one cloud to the other, per class."""
+  worst = 0.0
+  for z in (-5, 5):
+    a, b = cloud[cloud[:, 2] == z, :2], other[other[:, 2] == z, :2]
+    gaps = np.linalg.norm(a[:, None] - b[None], axis=-1)
+    worst = max(worst, gaps.min(axis=1).max())
+  return worst
+
+
+def test_round_trip_at_full_size():
+  scores = []
+  for i in range(6):
+    _, mask = phantom.generate(np.random.default_rng(i), i % 3, FULL)
+    back = points_to_mask(mask_to_points(mask), FULL)
+    assert back.dtype == np.uint8
+    scores.append(
+      [
+        dice(mask > 0, back > 0),
+        dice(mask == 2, back == 2),
+        dice(mask == 1, back == 1),
+      ]
+    )
+  disc, cup, rim = np.mean(scores, axis=0)
+  assert disc >= 0.995
+  assert cup >= 0.990
+  assert rim >= 0.980
+
+
+def test_round_trip_of_small_masks():
+  for group in range(3):
+    _, mask = phantom.generate(np.random.default_rng(group), group)
+    back = points_to_mask(mask_to_points(mask, 128), mask.shape)
+    assert dice(mask > 0, back > 0) > 0.98
+    assert dice(mask == 2, back == 2) > 0.97
+
+
+@pytest.mark.parametrize("num_points", [2, 7, 128, 512, 1500])
+def test_cloud_has_exactly_the_points_asked_for(num_points):
+  cloud = mask_to_points(ellipses(), num_points)
+  assert cloud.shape == (num_points, 3)
+  assert cloud.dtype == np.float32
+  assert set(np.unique(cloud[:, 2])) <= {-5, 5}
+  assert len(np.unique(cloud, axis=0)) == num_points
+
+
+def test_the_smallest_mask_comes_back():
+  mask = np.zeros((5, 6), np.uint8)
+  mask[2, 3] = 2
+  cloud = mask_to_points(mask, 64)
+  assert cloud.shape == (64, 3)
+  np.testing.assert_array_equal(points_to_mask(cloud, mask.shape), mask)
+
+
+def test_a_mask_that_fills_the_image_comes_back():
+  mask = np.ones((12, 9), np.uint8)
+  mask[0:5, 3:9] = 2
+  cloud = mask_to_points(mask, 256)
+  np.testing.assert_array_equal(points_to_mask(cloud, mask.shape), mask)
+
+
+def test_contours_are_sub_pixel():
+  mask = ellipses()
+  cloud = mask_to_points(mask)
+  centred = cloud[:, :2] - (45, 50)
+  for z, (a, b) in ((-5, (24, 20)), (5, (11, 9))):
+    r, c = centred[cloud[:, 2] == z].T
+    error = (np.hypot(r / a, c / b) - 1) * np.sqrt(a * b)
+    assert abs(error.mean()) < 0.2
+    assert abs(error).max() < 1.0
+
+
+def test_points_are_spread_evenly():
+  cloud = mask_to_points(ellipses((400, 400), (200, 200), (150, 150), (70, 70)))
+  gaps = np.linalg.norm(cloud[:, None] - cloud[None], axis=-1)
+  np.fill_diagonal(gaps, np.inf)
+  nearest = gaps.min(axis=1)
+  assert nearest.max() < 3 * nearest.min()
+
+
+def test_points_move_with_the_mask():
+  mask = ellipses()
+  moved = np.roll(mask, (7, -11), axis=(0, 1))
+  np.testing.assert_allclose(
+    mask_to_points(moved), mask_to_points(mask) + np.array([7, -11, 0])
+  )
+
+
+def test_points_turn_with_the_mask():
+  mask = ellipses()
+  cloud = mask_to_points(mask)
+  turned = mask_to_points(np.rot90(mask))
+  r, c, z = cloud.T
+  expected = np.stack([mask.shape[1] - 1 - c, r, z], axis=1)
+  assert farthest(turned, expected) < 1.0
+  assert farthest(expected, turned) < 1.0
+
+
+def test_the_order_of_points_does_not_matter():
+  mask = ellipses()
+  cloud = mask_to_points(mask)
+  shuffled = np.random.default_rng(0).permutation(cloud)
+  np.testing.assert_array_equal(
+    points_to_mask(shuffled, mask.shape), points_to_mask(cloud, mask.shape)
+  )
+
+
+def test_pixels_are_filled_by_their_centres():
+  square = np.array([[1.5, 2.5], [1.5, 5.5], [4.5, 5.5], [4.5, 2.5]])
+  expected = np.zeros((8, 8), np.uint8)
+  expected[2:5, 3:6] = 1
+  cloud = np.insert(square, 2, -1.0, axis=1)
+  np.testing.assert_array_equal(points_to_mask(cloud, (8, 8)), expected)
+
+
+def test_the_largest_component_is_kept_and_holes_are_filled():
+  clean = ellipses()
+  mask = clean.copy()
+  mask[2:7, 100:106] = 1
+  mask[90:93, 3:6] = 2
+  mask[44:46, 49:51] = 0
+  cloud, expected = mask_to_points(mask), mask_to_points(clean)
+  assert farthest(cloud, expected) < 1.0
+  assert farthest(expected, cloud) < 1.0
+
+
+def test_what_lies_outside_the_image_is_clipped():
+  cloud = mask_to_points(ellipses())
+  cloud[:, :2] -= (45, 50)
+  mask = points_to_mask(cloud, (96, 112))
+  np.testing.assert_array_equal(mask[:51, :62], ellipses()[45:, 50:])
+  cloud[:, 1] += 1e6
+  assert not points_to_mask(cloud, (96, 112)).any()
+
+
+@pytest.mark.parametrize("heights", [[], [-5], [-5, -5, 5, 5], [0] * 9])
+def test_fewer_than_three_points_make_no_class(heights):
+  cloud = np.random.default_rng(0).uniform(0, 20, (len(heights), 3))
+  cloud[:, 2] = heights
+  assert not points_to_mask(cloud, (20, 20)).any()
+
+
+def test_a_cup_without_a_disc_is_not_painted():
+  cloud = mask_to_points(ellipses())
+  cup = cloud[cloud[:, 2] > 0]
+  assert not points_to_mask(cup, (96, 112)).any()
+
+
+coordinates = st.one_of(
+  st.floats(-40, 80, width=32),
+  st.integers(-5, 40).map(float),
+  st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+  hnp.arrays(
+    np.float32, st.tuples(st.integers(0, 40), st.just(3)), elements=coordinates
+  )
+)
+def test_any_finite_cloud_gives_a_cup_inside_a_disc(cloud):
+  mask = points_to_mask(cloud, (24, 32))
+  assert mask.shape == (24, 32)
+  assert mask.dtype == np.uint8
+  assert set(np.unique(mask)) <= {0, 1, 2}
+  disc = points_to_mask(cloud[cloud[:, 2] < 0], (24, 32))
+  np.testing.assert_array_equal(mask > 0, disc > 0)
+
+
+@pytest.mark.parametrize(
+  ("mask", "message"),
+  [
+    (np.zeros((8, 8), np.uint8), "no disc.*leave this case out"),
+    (np.eye(8, dtype=np.uint8), "no cup.*leave this case out"),
+    (-np.eye(8), "convert the mask first"),
+    (np.full((8, 8), 255), "convert the mask first"),
+    (np.zeros((2, 8, 8)), "one at a time"),
+  ],
+)
+def test_masks_that_cannot_be_sampled_are_refused(mask, message):
+  with pytest.raises(ValueError, match=message):
+    mask_to_points(mask)
+
+
+def test_too_few_points_are_refused():
+  with pytest.raises(ValueError, match="at least 2"):
+    mask_to_points(ellipses(), 1)
+
+
+def test_clouds_that_are_no_clouds_are_refused():
+  cloud = mask_to_points(ellipses())
+  with pytest.raises(ValueError, match="one at a time"):
+    points_to_mask(cloud[None], (96, 112))
+  cloud[3, 1] = np.nan
+  cloud[5, 2] = np.inf
+  with pytest.raises(ValueError, match="2 of 512 points are not finite"):
+    points_to_mask(cloud, (96, 112))

@@ -1,0 +1,185 @@
+"""Made-up patients: determinism, the table of groups, the files."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from fairdiff_jax.data import phantom
+from fairdiff_jax.data.attributes import ATTRIBUTES, parse_attribute
+
+RACES = ATTRIBUTES["race"]
+
+
+@pytest.fixture(scope="module")
+def patients():
+  """120 (image in [-1, 1], mask) of each group."""
+  return [
+    [
+      (image / 127.5 - 1, mask)
+      for image, mask in (
+        phantom.generate(np.random.default_rng([3, group, i]), group)
+        for i in range(120)
+      )
+    ]
+    for group in range(len(RACES))
+  ]
+
+
+def test_a_patient_is_a_function_of_its_generator():
+  draw = [
+    phantom.generate(np.random.default_rng(seed), 1) for seed in (4, 4, 5)
+  ]
+  for a, b, other in zip(*draw, strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert (a != other).any()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80), (166, 200)])
+def test_shapes_types_and_nesting(shape):
+  for group in range(len(RACES)):
+    image, mask = phantom.generate(np.random.default_rng(group), group, shape)
+    assert image.shape == mask.shape == shape
+    assert image.dtype == mask.dtype == np.uint8
+    assert set(np.unique(mask)) == {0, 1, 2}
+    # A ring of rim lies around the cup everywhere.
+    cup = np.pad(mask == 2, 1)
+    near = cup[2:, 1:-1] | cup[:-2, 1:-1] | cup[1:-1, 2:] | cup[1:-1, :-2]
+    assert (mask[near] > 0).all()
+
+
+def test_the_look_grows_with_the_image():
+  for group in range(len(RACES)):
+    areas = [
+      np.mean(
+        [
+          (
+            phantom.generate(np.random.default_rng(i), group, shape)[1] > 0
+          ).sum()
+          for i in range(8)
+        ]
+      )
+      for shape in ((64, 64), (128, 160))
+    ]
+    assert areas[1] == pytest.approx(4 * areas[0], rel=0.03)
+
+
+def test_an_unknown_group_is_refused():
+  with pytest.raises(ValueError, match="group must index"):
+    phantom.generate(np.random.default_rng(0), 3)
+
+
+def test_anatomy_follows_the_table(patients):
+  for race, cases in zip(RACES, patients, strict=True):
+    anatomy = phantom.ANATOMY[race]
+    disc = np.array([(mask > 0).sum() for _, mask in cases])
+    cup = np.array([(mask == 2).sum() for _, mask in cases])
+    radius = np.sqrt(disc / np.pi)
+    assert radius.mean() == pytest.approx(anatomy.disc_radius[0], abs=0.5)
+    assert radius.std() == pytest.approx(anatomy.disc_radius[1], abs=0.4)
+    ratio = np.sqrt(cup / disc)
+    assert ratio.mean() == pytest.approx(anatomy.cup_to_disc[0], abs=0.03)
+
+
+def test_contrast_follows_the_table(patients):
+  # Soft edges and vessels take their share of the contrast between medians.
+  for race, cases in zip(RACES, patients, strict=True):
+    anatomy = phantom.ANATOMY[race]
+    levels = [
+      [np.median(image[m == c]) for c in range(3)] for image, m in cases
+    ]
+    background, rim, cup = np.mean(levels, axis=0)
+    assert background == pytest.approx(anatomy.background[0], abs=0.08)
+    assert rim - background == pytest.approx(anatomy.rim_contrast[0], abs=0.1)
+    assert 0.5 < (cup - rim) / anatomy.cup_contrast[0] < 1
+
+
+def test_cues_conflict_between_groups(patients):
+  contrast = {
+    race: np.array(
+      [
+        np.median(image[mask == 1]) - np.median(image[mask == 0])
+        for image, mask in cases
+      ]
+    )
+    for race, cases in zip(RACES, patients, strict=True)
+  }
+  assert (contrast["White"] > 0).mean() > 0.99
+  assert (contrast["Black"] > 0).mean() > 0.95
+  assert (contrast["Asian"] < 0).mean() > 0.85
+
+
+def test_group_counts_are_the_data_sets_proportions():
+  assert phantom.group_counts(8000) == (752, 1161, 6087)
+  assert phantom.group_counts(100) == (9, 15, 76)
+  assert phantom.group_counts(0) == (0, 0, 0)
+  assert all(sum(phantom.group_counts(n)) == n for n in range(200))
+  with pytest.raises(ValueError, match="at least 0"):
+    phantom.group_counts(-1)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("phantoms") / "new" / "raw"
+  phantom.write(directory, train=20, test=3, seed=6, progress=False)
+  return directory
+
+
+def test_files_are_those_of_the_current_release(written):
+  files = sorted(written.glob("*.npz"))
+  assert [f.name for f in files] == [f"data_{i:05d}.npz" for i in range(1, 30)]
+  for file in files:
+    with np.load(file) as case:
+      assert set(case) == {"slo_fundus", "disc_cup_mask", "age", *ATTRIBUTES}
+      assert case["slo_fundus"].dtype == np.uint8
+      assert case["slo_fundus"].shape == (64, 64)
+      assert case["disc_cup_mask"].dtype == np.float64
+      assert set(np.unique(case["disc_cup_mask"])) == {0, -1, -2}
+      assert 18 <= case["age"] <= 95
+      for key in ("age", *ATTRIBUTES):
+        assert case[key].shape == ()
+        assert case[key].dtype == np.int64
+      for key, names in ATTRIBUTES.items():
+        assert -1 <= case[key] < len(names)
+
+
+def test_csv_agrees_with_the_files(written):
+  text = (written / "data_summary.csv").read_text()
+  assert text.splitlines()[0] == (
+    "filename,age,gender,race,ethnicity,language,maritalstatus,use"
+  )
+  assert text == text.lower()
+  rows = list(csv.DictReader(text.splitlines()))
+  assert len(rows) == 29
+  for row in rows:
+    with np.load(written / row["filename"]) as case:
+      assert int(row["age"]) == case["age"]
+      for key in ATTRIBUTES:
+        assert parse_attribute(key, row[key]) == case[key]
+  for use, counts in (
+    ("training", phantom.group_counts(20)),
+    ("test", (3, 3, 3)),
+  ):
+    races = [row["race"] for row in rows if row["use"] == use]
+    assert tuple(races.count(race.lower()) for race in RACES) == counts
+
+
+def test_a_case_depends_on_seed_and_number_only(written):
+  with np.load(written / "data_00007.npz") as case:
+    image, mask = phantom.generate(
+      np.random.default_rng([6, 7]), int(case["race"])
+    )
+    np.testing.assert_array_equal(case["slo_fundus"], image)
+    np.testing.assert_array_equal(-case["disc_cup_mask"], mask)
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(FileExistsError, match=f"{tmp_path}.*new directory"):
+    phantom.write(tmp_path, train=1, test=0, progress=False)
+  assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_negative_counts_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="at least 0"):
+    phantom.write(tmp_path, train=1, test=-1, progress=False)

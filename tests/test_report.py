@@ -1,0 +1,261 @@
+"""The report: its files, its figures, and that the page stands alone."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from fairdiff_jax.evaluation import report, segmentation
+from fairdiff_jax.fairness import metrics
+
+GROUPS = ("Asian", "Black", "White")
+EVIL = '<script src="//x">&"$a$'
+VOID = ("meta", "br", "link", "img", "input", "hr")
+
+
+def disc(shape, radius):
+  """A mask with a centred disc and a cup of half its radius."""
+  r = np.hypot(*(np.indices(shape) - (np.array(shape) - 1)[:, None, None] / 2))
+  return (r < radius).astype(np.uint8) + (r < radius / 2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def case():
+  rng = np.random.default_rng(0)
+  group = np.r_[np.repeat([0, 1, 2], (3, 4, 31)), -1]
+  label = np.stack([disc((24, 28), r) for r in rng.uniform(6, 9, len(group))])
+  better = np.roll(label, 1, axis=2)
+  worse = np.where(
+    (group == 0)[:, None, None], np.roll(label, 3, axis=2), better
+  )
+  names = [f"data_{i:05d}" for i in range(len(group))]
+  names[0] = EVIL
+
+  def columns(prediction):
+    return segmentation.per_case(label, prediction, names, group, GROUPS)
+
+  return {
+    "image": rng.integers(0, 256, label.shape).astype(np.uint8),
+    "label": label,
+    "prediction": better,
+    "worse": worse,
+    "group": group,
+    "columns": (columns(better), columns(worse)),
+  }
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+  path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+  records = [
+    {"step": s, "loss/total": 1 / (1 + s), "risk/Asian": 0.5, "rate": 3}
+    for s in range(200)
+  ]
+  records[3]["risk/Asian"] = float("nan")
+  records[4]["risk/Asian"] = None
+  records.append({"step": 199, "loss/total": 7.0})
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+  return path
+
+
+@pytest.fixture(scope="module")
+def written(case, log, tmp_path_factory):
+  """The full report: (directory, what `write` returned)."""
+  directory = tmp_path_factory.mktemp("run") / "report"
+  ours, baseline = case["columns"]
+  agreement = {"synthetic": 0.7, "real": 0.8, "ratio": np.float32(0.875)}
+  result = report.write(
+    directory,
+    title=EVIL,
+    models={"Ours": ours, EVIL: baseline},
+    cases={k: case[k] for k in ("image", "label", "prediction")},
+    synthetic={
+      "image": case["image"][:4],
+      "mask": case["label"][:4],
+      "group": np.array(GROUPS)[[0, 0, 1, 0]],
+    },
+    agreement={EVIL: {g: {"cup": agreement} for g in GROUPS}},
+    counts={"Asian": {"real": 9, "synthetic": 1291}, EVIL: {"real": 100}},
+    log=log,
+    facts={EVIL: EVIL, "seed": np.int64(3)},
+  )
+  return directory, result
+
+
+class Page(html.parser.HTMLParser):
+  """Collects the addresses and texts of a page; fails on unbalanced tags."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.addresses, self.tags, self.text, self.open = [], [], [], []
+    self.feed(text)
+    assert self.open == []
+
+  def handle_starttag(self, tag, attributes):
+    self.handle_startendtag(tag, attributes)
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.tags.append((tag, dict(attributes)))
+    for key, value in attributes:
+      if key.split(":")[-1] in ("src", "href", "data", "action", "srcset"):
+        self.addresses.append(value)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+
+def test_files(written, case):
+  directory, result = written
+  assert sorted(p.name for p in directory.iterdir()) == [
+    "cases.csv",
+    "cases_2.csv",
+    "index.html",
+    "summary.json",
+  ]
+  stored = json.loads((directory / "summary.json").read_text())
+  assert stored == result
+  assert stored["tables"] == {"Ours": "cases.csv", EVIL: "cases_2.csv"}
+  lines = (directory / "cases.csv").read_text().splitlines()
+  assert len(lines) == 1 + len(case["group"])
+
+
+def test_summary_equals_direct_computation(written, case):
+  _, result = written
+  assert result["n"] == 39
+  assert result["groups"] == {"Asian": 3, "Black": 4, "White": 31}
+  for model, prediction in (("Ours", "prediction"), (EVIL, "worse")):
+    for name, cls in (("rim", 1), ("cup", 2), ("disc", (1, 2))):
+      dice = metrics.dice(case["label"], case[prediction], cls)
+      means = [dice[case["group"] == g].mean() for g in range(3)]
+      figures = result["models"][model][name]["dice"]
+      assert figures["overall"] == pytest.approx(dice.mean())
+      assert figures["gap"] == pytest.approx(np.ptp(means))
+      assert figures["worst"] == GROUPS[np.argmin(means)]
+      assert figures["es"] == pytest.approx(
+        dice.mean() / (1 + np.std(means, ddof=1))
+      )
+  ours, baseline = (result["models"][m]["cup"]["dice"] for m in ("Ours", EVIL))
+  difference = result["difference"]["cup"]["dice"]
+  assert difference["es"] == pytest.approx(ours["es"] - baseline["es"])
+  assert difference["worst"] == pytest.approx(
+    min(g["mean"] for g in ours["groups"].values())
+    - min(g["mean"] for g in baseline["groups"].values())
+  )
+
+
+def test_every_figure_is_finite(written):
+  def leaves(tree):
+    if not isinstance(tree, dict):
+      return [tree]
+    return [leaf for value in tree.values() for leaf in leaves(value)]
+
+  figures = leaves(written[1])
+  assert None not in figures
+  assert np.isfinite([f for f in figures if not isinstance(f, str)]).all()
+
+
+def test_page_stands_alone(written):
+  text = (written[0] / "index.html").read_text()
+  assert not re.search(r"https?:|@import|url\((?!#)", text)
+  page = Page(text)
+  assert page.addresses
+  assert all(a.startswith(("#", "data:image/png")) for a in page.addresses)
+  drawings = [a for tag, a in page.tags if tag == "svg"]
+  # 2 bars, 6 worst cases, strips of 3 + 3, 4 + 1, 8 + 0, 1 loss, 1 risk
+  assert len(drawings) == 2 + 6 + 19 + 2
+  assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
+
+
+def test_page_escapes_and_shows_figures(written):
+  directory, result = written
+  text = (directory / "index.html").read_text()
+  assert "<script" not in text
+  page = Page(text)
+  shown = " ".join(page.text)
+  assert EVIL in shown
+  dice = result["models"]["Ours"]["cup"]["dice"]
+  for value in (dice["overall"], dice["es"], dice["gap"]):
+    assert f"{100 * value:.1f}" in shown
+  assert f"On the cup, Ours is fairer than {EVIL}" in result["verdict"]
+  assert "1,291" in shown
+  assert "Asian\N{NO-BREAK SPACE}†" in shown
+  assert "White\N{NO-BREAK SPACE}†" not in shown
+  assert "unknown 1" in shown
+
+
+def test_verdict_admits_the_opposite_and_a_draw(case, tmp_path):
+  ours, baseline = case["columns"]
+  swapped = report.write(tmp_path, title="t", models={"A": baseline, "B": ours})
+  assert "A is less fair than B" in swapped["verdict"]
+  assert " worse</td>" in (tmp_path / "index.html").read_text()
+  drawn = report.write(tmp_path, title="t", models={"A": ours, "B": ours})
+  assert "A is about as fair as B" in drawn["verdict"]
+
+
+def test_parts_without_data_are_left_out(written, case, tmp_path):
+  def headings(directory):
+    text = (directory / "index.html").read_text()
+    Page(text)
+    return re.findall("<h2>(.*?)</h2>", text)
+
+  result = report.write(
+    tmp_path, title="t", models={"Ours": case["columns"][0]}
+  )
+  assert headings(tmp_path) == [
+    "Headline",
+    "Dice by group",
+    "All measures by group",
+    "Definitions",
+  ]
+  assert len(headings(written[0])) == 10
+  assert result["difference"] == {}
+  assert "Difference" not in (tmp_path / "index.html").read_text()
+
+
+def test_undefined_figures_are_dashes(tmp_path):
+  empty = np.zeros((2, 8, 8), np.uint8)
+  columns = segmentation.per_case(empty, empty, "ab", np.array([0, 1]), "AB")
+  result = report.write(
+    tmp_path,
+    title="t",
+    models={"Ours": columns, "Other": columns},
+    cases={"image": empty, "label": empty, "prediction": empty},
+  )
+  assert result["models"]["Ours"]["cup"]["dice"]["overall"] is None
+  assert result["difference"]["cup"]["dice"]["es"] is None
+  text = (tmp_path / "index.html").read_text()
+  Page(text)
+  assert "–" in text
+  assert "nan" not in " ".join(Page(text).text)
+
+
+def test_read_log(log):
+  curves = report.read_log(log)
+  assert sorted(curves) == ["loss/total", "risk/Asian"]
+  steps, values = curves["loss/total"]
+  assert len(steps) == report.CURVE
+  assert values[-1] == pytest.approx(np.mean([1 / 198, 1 / 199, 7]))
+  assert np.isfinite(curves["risk/Asian"]).all()
+
+
+def test_arguments_are_checked(case, tmp_path):
+  ours, _ = case["columns"]
+  shorter = {key: value[1:] for key, value in ours.items()}
+  with pytest.raises(ValueError, match="same cases"):
+    report.write(tmp_path, title="t", models={"A": ours, "B": shorter})
+  with pytest.raises(ValueError, match="models"):
+    report.write(tmp_path, title="t", models={})
+  with pytest.raises(ValueError, match="image"):
+    report.write(
+      tmp_path,
+      title="t",
+      models={"A": ours},
+      cases={"image": case["image"][1:]},
+    )
