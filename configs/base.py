@@ -81,6 +81,7 @@ def base_config() -> ConfigDict:
       bank=dict(
         every=500,  # steps between refills from the averaged parameters
         batch_size=64,  # cases generated at a time
+        harmonics=0,  # of the smooth curve fitted to each contour; 0 = as drawn
         min_solidity=0.9,  # masks less convex than this are drawn again
         max_attempts=10,  # draws of a mask before giving up
       ),

@@ -24,12 +24,18 @@ def get_config(variant: str = ""):
   config.points.decoder_widths = (64, 128, 128, 64)
 
   config.image.channels = (48, 64)
-  config.train.steps = 800
-  config.train.points = (0, 800)
-  config.train.image = (0, 800)
-  config.train.segmenter = (400, 800)
-  config.bank.every = 200
-  config.checkpoint.every = 200
+  config.points.kl_weight = 2e-3  # so that few steps fit the prior
+  config.optimizer.points.learning_rate = 4e-3
+  config.bank.harmonics = 3
+
+  config.train.steps = 1700
+  config.train.points = (0, 1700)
+  config.train.image = (700, 1700)
+  config.train.segmenter = (1350, 1700)
+  config.bank.every = 175
+  config.checkpoint.every = 350
+  config.objective.agreement = 0.1
+  config.fairness.method = "variance"
   if variant == "smoke":
     config.data.size = (32, 32)
     config.data.phantom.train = 24

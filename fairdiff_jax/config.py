@@ -77,18 +77,23 @@ def claim(workdir: str | Path, config: ConfigDict, *, write: bool = True):
   """
   path = Path(workdir) / "config.json"
   if path.exists():
-    changed = differences(load(workdir), config)
-    if changed:
-      raise ValueError(
-        f"{workdir} holds a run of another config:\n  "
-        + "\n  ".join(changed)
-        + "\nChange these fields back to resume it, or give another --workdir"
-      )
+    require(workdir, config)
   if write:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(to_json(config) + "\n")
     temporary.replace(path)
+
+
+def require(workdir: str | Path, config: ConfigDict | None):
+  """Raises ValueError unless `config`, if any, is that of the run."""
+  changed = differences(load(workdir), config) if config else []
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run of another config:\n  "
+      + "\n  ".join(changed)
+      + "\nChange these fields back to use it, or give another --workdir"
+    )
 
 
 def data_directory(config: ConfigDict, workdir: str | Path) -> Path:

@@ -16,7 +16,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
   """
 
   def guarded(argv: Sequence[str]) -> int | None:
-    if flags.FLAGS["verbosity"].using_default_value:
+    if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' INFO is long
     try:
       return main(argv)

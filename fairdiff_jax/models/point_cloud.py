@@ -30,7 +30,7 @@ from fairdiff_jax.models.batch_norm import BatchNorm
 # Uniform within 1 / sqrt(fan in), as the original's layers start.
 Dense = functools.partial(
   nn.Dense,
-  kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+  kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "uniform"),
 )
 
 

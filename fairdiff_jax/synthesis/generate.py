@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fairdiff_jax.data.contours import points_to_mask
+from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.objectives.joint import Objective
 from fairdiff_jax.objectives.task import Variables
@@ -77,6 +77,8 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
       )
       failed = []
       for i, cloud in zip(pending, clouds, strict=True):
+        if config.harmonics:
+          cloud = smooth_contours(cloud, config.harmonics)
         masks[i] = points_to_mask(cloud, shape)
         attempts[i] += 1
         fault = mask_fault(masks[i], min_solidity=config.min_solidity)
@@ -86,7 +88,7 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
       pending = np.asarray(failed, int)
       if not len(pending):
         return masks, attempts
-    raise RuntimeError(
+    raise ValueError(
       f"{len(pending)} of {len(number)} masks are still unsound after"
       f" {config.max_attempts} draws each ({dict(faults)}): the mask generator"
       " is not trained enough. Train it longer before the segmenter starts"
