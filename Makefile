@@ -1,0 +1,33 @@
+# make quickstart   installs, trains the three networks on phantoms, reports
+# make test         installs, checks style, runs the tests
+# PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv
+READY := $(VENV)/ready-$(VERSION)
+
+.PHONY: install quickstart test lint parity clean
+
+install: $(READY)
+
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is $(VERSION)" if sys.version_info < (3, 11) else 0)'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+quickstart: install
+	$(VENV)/bin/python launch/train.py --config configs/phantom.py \
+	  --workdir runs/quickstart
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test: lint
+	$(VENV)/bin/python -m pytest tests
+
+clean:
+	rm -rf $(VENV)
