@@ -7,7 +7,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV := .venv
 READY := $(VENV)/ready-$(VERSION)
 
-.PHONY: install quickstart test lint parity clean
+.PHONY: install quickstart test lint clean
 
 install: $(READY)
 

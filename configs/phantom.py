@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
   config.image.channels = (48, 64)
   config.points.kl_weight = 2e-3  # so that few steps fit the prior
   config.optimizer.points.learning_rate = 4e-3
-  config.bank.harmonics = 3
+  config.bank.harmonics = 2
 
   config.train.steps = 1700
   config.train.points = (0, 1700)

@@ -10,9 +10,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
   """Parses the flags and calls `main`, whose result is the exit status.
 
   What the library raises for bad input, ValueError and OSError (such as
-  FileNotFoundError), and a flag that names no field of the config are printed
-  as one line, `error: ...`, with exit status 1; --verbosity=1 shows their
-  traceback. Anything else is a fault and keeps its traceback.
+  FileNotFoundError), for a step that is not finite (FloatingPointError), and
+  a flag that names no field of the config are printed as one line, `error:
+  ...`, with exit status 1; --verbosity=1 shows their traceback. Anything else
+  is a fault and keeps its traceback.
   """
 
   def guarded(argv: Sequence[str]) -> int | None:
@@ -20,7 +21,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       logging.set_verbosity(logging.WARNING)  # the libraries' INFO is long
     try:
       return main(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
       logging.debug("Traceback", exc_info=True)
       return _fail(str(error))
 

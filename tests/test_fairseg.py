@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from fairdiff_jax.data import attributes, contours, fairseg
+from fairdiff_jax.data import attributes, contours, fairseg, npz
 
 ROOT = Path(__file__).parents[1]
 H0, W0 = 60, 76
@@ -142,7 +142,7 @@ def test_every_dialect_reads_the_same(tmp_path, dialect):
     "datadir": np.array({"an": "object"}, object),
   } | dict.fromkeys(form.markers, 12345)
   np.savez(tmp_path / "data_00001.npz", **arrays)
-  case = fairseg.read_case(tmp_path / "data_00001.npz")
+  case = npz.read_case(tmp_path / "data_00001.npz")
   assert case.dialect == dialect
   assert case.attributes == {
     "race": 2,
@@ -163,7 +163,7 @@ def test_image_types(tmp_path, dtype, scale):
   image, _ = eye()
   path = tmp_path / "a.npz"
   np.savez(path, **patient(slo_fundus=(image * scale).astype(dtype)))
-  np.testing.assert_array_equal(fairseg.read_case(path).image, image)
+  np.testing.assert_array_equal(npz.read_case(path).image, image)
 
 
 IMAGE, MASK = eye()
@@ -238,7 +238,7 @@ def test_damaged_file(source, damage):
     }[damage]
   )
   with pytest.raises(ValueError, match=r"data_00001.npz: .*download or copy"):
-    fairseg.read_case(path)
+    npz.read_case(path)
 
 
 def test_csv_faults_set_cases_aside(source, tmp_path):

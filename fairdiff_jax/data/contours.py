@@ -141,7 +141,7 @@ def smooth_contours(points: np.ndarray, harmonics: int) -> np.ndarray:
       basis = np.concatenate([np.ones((1, len(angle))), np.cos(waves)])
       basis = np.concatenate([basis, np.sin(waves)])
       fit = np.linalg.lstsq(basis.T, np.hypot(row, column), rcond=None)[0]
-      center = center + [fit[1 + harmonics], fit[1]]
+      center += [fit[1 + harmonics], fit[1]]
     radius = np.maximum(fit @ basis, 0)
     points[member, 0] = center[0] - fit[1 + harmonics] + radius * np.sin(angle)
     points[member, 1] = center[1] - fit[1] + radius * np.cos(angle)

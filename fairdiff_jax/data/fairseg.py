@@ -24,14 +24,10 @@ Rules, in one place:
 import collections
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import os
-import re
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +38,15 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from fairdiff_jax.data import attributes, contours, phantom
+from fairdiff_jax.data.npz import (
+  SUMMARY,
+  Case,
+  case_key,
+  find_summary,
+  read_case,
+  read_summary,
+)
 
-MASK_CODES = {0: 0, -1: 1, -2: 2}  # file -> background, rim, cup
-SUMMARY = "data_summary.csv"
 SPLITS = {
   "training": "train",
   "train": "train",
@@ -52,23 +54,6 @@ SPLITS = {
   "test": "test",
   "0": "test",
 }
-
-
-class Case(NamedTuple):
-  """One patient at native size.
-
-  Attributes:
-    image: [H, W] uint8.
-    mask: [H, W] uint8, 0 background, 1 rim, 2 cup.
-    attributes: canonical code of every key of ATTRIBUTES (-1 unknown), and
-      `age` in years (-1 unknown).
-    dialect: key of DIALECTS.
-  """
-
-  image: np.ndarray
-  mask: np.ndarray
-  attributes: dict[str, float]
-  dialect: str
 
 
 class Cases(NamedTuple):
@@ -135,41 +120,6 @@ class Report:
     )
     lines.extend(f"  {file}  {reason}" for file, reason in self.set_aside)
     return "\n".join(lines)
-
-
-def read_case(path: str | os.PathLike) -> Case:
-  """Reads and checks one npz file.
-
-  Raises:
-    ValueError: the file cannot be used; the message names it, says what is
-      wrong with it and what to do.
-  """
-  path = Path(path)
-  file = path.name
-  arrays = _read_arrays(path)
-  dialect = attributes.detect_dialect(
-    arrays, race=arrays.get("race"), age=arrays.get("age"), file=file
-  )
-  keys = attributes.DIALECTS[dialect]
-  image = _check_image(arrays[keys.image], f"{file}: {keys.image}")
-  mask = _check_mask(arrays[keys.mask], f"{file}: {keys.mask}")
-  if image.shape != mask.shape:
-    raise ValueError(
-      f"{file}: image {_plain(image.shape)} and mask {_plain(mask.shape)} "
-      "differ in size; they must be two views of the same pixels."
-    )
-
-  def value(attribute):
-    found = (k for k in attributes.KEYS[attribute] if k in arrays)
-    return arrays.get(next(found, ""))
-
-  where = {"dialect": dialect, "file": file}
-  codes = {
-    a: attributes.parse_attribute(a, value(a), **where)
-    for a in attributes.ATTRIBUTES
-  }
-  codes["age"] = attributes.parse_age(value("age"), **where)
-  return Case(image, mask, codes, dialect)
 
 
 def build(
@@ -259,7 +209,7 @@ def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
   if _is_prepared(source):
     return _stored_report(source)
   source = Path(source)
-  split = "use" if _find_summary(source) else None
+  split = "use" if find_summary(source) else None
   _, report = _collect(
     source, {"source": str(source)}, split, lambda case: None, progress
   )
@@ -499,11 +449,11 @@ def _collect(
   paths = sorted(source.glob("*.npz"))
   if not paths:
     raise FileNotFoundError(f"{source} holds no .npz files.")
-  rows = _read_summary(source, required=split == "use")
+  rows = read_summary(source, required=split == "use")
   listed = _read_list(split) if split not in ("use", None) else None
 
   def split_of(path: Path) -> str:
-    key = _case_key(path.name)
+    key = case_key(path.name)
     if split is None:
       return "all"
     if listed is not None:
@@ -526,7 +476,7 @@ def _collect(
     try:
       part = split_of(path)
       case = read_case(path)
-      case, differing = _fill(case, rows.get(_case_key(path.name), {}), path)
+      case, differing = _fill(case, rows.get(case_key(path.name), {}), path)
       return part, convert(case), case.image.shape, case[2:], differing
     except ValueError as error:
       return str(error).removeprefix(f"{path.name}: ")
@@ -557,7 +507,7 @@ def _collect(
       for attribute in attributes.ATTRIBUTES:
         groups[part][attribute][codes[attribute]] += 1
 
-  present = {_case_key(path.name) for path in paths}
+  present = {case_key(path.name) for path in paths}
   notes = [
     f"{len(names - present)} of {len(names)} names in {where} have no file."
     for where, names in ((SUMMARY, set(rows)), (split, listed or set()))
@@ -621,87 +571,6 @@ def _png(pixels: np.ndarray) -> bytes:
   return cv2.imencode(".png", pixels)[1].tobytes()
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray | None]:
-  """Reads an npz file's arrays, None for those that no dialect needs."""
-  if not zipfile.is_zipfile(path):
-    raise ValueError(
-      f"{path.name}: not a complete npz file ({path.stat().st_size} bytes); "
-      "download or copy it again."
-    )
-  wanted = {k for d in attributes.DIALECTS.values() for k in (d.image, d.mask)}
-  wanted.update(*attributes.KEYS.values())
-  arrays, key = {}, None
-  try:
-    with np.load(path, allow_pickle=False) as npz:
-      for key in npz.files:
-        arrays[key] = npz[key] if key in wanted else None
-  except (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    RuntimeError,  # a damaged header may ask for encryption or a new version
-  ) as error:
-    raise ValueError(
-      f"{path.name}: cannot be read ({type(error).__name__}: {error}); "
-      "download or copy it again."
-    ) from error
-  except ValueError as error:
-    raise ValueError(
-      f"{path.name}: array {key!r} cannot be read ({error}); pickled objects "
-      "are refused because they can run code: save it as numbers."
-    ) from error
-  return arrays
-
-
-def _check_image(image: np.ndarray, where: str) -> np.ndarray:
-  """Returns a grey image as [H, W] uint8."""
-  if image.ndim != 2 or image.dtype.kind not in "uif":
-    raise ValueError(
-      f"{where} has shape {image.shape} and type {image.dtype}; needed is one "
-      "grey image [H, W] of numbers."
-    )
-  if image.dtype == np.uint8:
-    return image
-  if not np.isfinite(image).all():
-    raise ValueError(
-      f"{where} has {int((~np.isfinite(image)).sum())} pixels that are NaN or "
-      "infinite; export it again."
-    )
-  low, high = image.min(), image.max()
-  if low < 0 or high > 255:
-    raise ValueError(
-      f"{where} goes from {low:g} to {high:g}; needed is 0 to 255, or 0 to 1 "
-      "in floating point."
-    )
-  if image.dtype.kind == "f" and high <= 1:
-    image = image * 255
-  return np.round(image).astype(np.uint8)
-
-
-def _check_mask(mask: np.ndarray, where: str) -> np.ndarray:
-  """Returns a mask in a file's codes as [H, W] uint8 {0, 1, 2}."""
-  if mask.ndim != 2 or mask.dtype.kind not in "uif":
-    raise ValueError(
-      f"{where} has shape {mask.shape} and type {mask.dtype}; needed is one "
-      "mask [H, W] of numbers."
-    )
-  unknown = sorted(set(np.unique(mask).tolist()) - set(MASK_CODES))
-  if unknown:
-    listed = ", ".join(f"{v:g}" for v in unknown[:8])
-    more = ", ..." if len(unknown) > 8 else ""
-    raise ValueError(
-      f"{where} holds the values {listed}{more}; a mask has 0 background, "
-      "-1 rim and -2 cup."
-    )
-  mask = (-mask.astype(np.int8)).astype(np.uint8)
-  if not mask.any():
-    raise ValueError(f"{where} shows no disc: every pixel is 0.")
-  if not (mask == 2).any():
-    raise ValueError(f"{where} shows no cup: no pixel is -2.")
-  return mask
-
-
 def _fill(
   case: Case, row: Mapping[str, str], path: Path
 ) -> tuple[Case, list[str]]:
@@ -731,49 +600,9 @@ def _fill(
   return case._replace(attributes=codes), differing
 
 
-def _find_summary(source: Path) -> Path | None:
-  places = (source, source / "ReadMe", source.parent / "ReadMe")
-  return next((p / SUMMARY for p in places if (p / SUMMARY).is_file()), None)
-
-
-def _read_summary(source: Path, *, required: bool) -> dict[str, dict[str, str]]:
-  """Reads data_summary.csv as {case: row}; {} where there is none."""
-  path = _find_summary(source)
-  if path is None:
-    if required:
-      raise FileNotFoundError(
-        f"{source} has no {SUMMARY}, neither in itself nor in a folder ReadMe, "
-        "and the split 'use' is read from it. Add it, or give a list of the "
-        "training cases as --config.data.split."
-      )
-    return {}
-  with path.open(newline="", encoding="utf-8-sig") as lines:
-    reader = csv.DictReader(lines, restval="")
-    columns = reader.fieldnames or []
-    rows = list(reader)
-  if "filename" not in columns:
-    raise ValueError(
-      f"{path} has no column 'filename'; its columns are "
-      f"{', '.join(columns) or '(none)'}."
-    )
-  if required and not {"use", "train"} & set(columns):
-    raise ValueError(
-      f"{path} has no column 'use' (training or test) or 'train' (1 or 0); its "
-      f"columns are {', '.join(columns)}."
-    )
-  return {_case_key(row["filename"]): row for row in rows}
-
-
 def _read_list(path: str | os.PathLike) -> set[str]:
   lines = Path(path).read_text(encoding="utf-8").splitlines()
-  return {_case_key(line) for line in lines if line.strip()}
-
-
-def _case_key(name: str) -> str:
-  """Makes data_00012.npz, data_000012 and lists/data_00012.npz one name."""
-  stem = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
-  stem = stem.removesuffix(".npz")
-  return re.sub(r"^data_0*(?=\d)", "data_", stem)
+  return {case_key(line) for line in lines if line.strip()}
 
 
 def _plain(value: Any) -> str:

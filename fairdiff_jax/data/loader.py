@@ -89,9 +89,7 @@ def make_batch(
   if augmented:
     for i, row in enumerate(range(size)[rows]):
       rng = np.random.default_rng([seed, stream, step, row])
-      image[i], mask[i], points[i] = augment(
-        rng, image[i], mask[i], points[i]
-      )
+      image[i], mask[i], points[i] = augment(rng, image[i], mask[i], points[i])
   return {
     "image": normalize(image),
     "mask": mask.astype(np.int32),

@@ -14,6 +14,8 @@ guarantees that at least r N of each group's cases are real, by repeating
 them, and fills up with synthetic ones only the rest.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 STRATEGIES = ("none", "repeat_sample", "equal_scale")
@@ -75,7 +77,7 @@ def training_pool(
   strategy: str,
   real_group: np.ndarray,
   synthetic_group: np.ndarray,
-  num_groups: int,
+  group_names: Sequence[str],
   *,
   size: int = 0,
 ) -> np.ndarray:
@@ -88,36 +90,34 @@ def training_pool(
     synthetic_group: group index [m] of the synthetic cases. Equal Scale takes
       all of them, and fills every group up to N with real ones: while there
       are none it is Repeat Sample.
-    num_groups: G.
+    group_names: names of the G groups.
     size: N, cases per group; 0 means as many as the largest group has.
 
   Returns:
-    Indices into the real cases followed by the synthetic ones.
+    Indices into the real cases followed by the synthetic ones. Cases of
+    unknown group are there once.
 
   Raises:
-    ValueError: if the strategy is unknown, or a group has no case at all.
+    ValueError: if the strategy is unknown, or a group has no real case.
   """
   if strategy not in STRATEGIES:
     raise ValueError(
-      f"unknown data strategy {strategy!r}; use one of"
-      f" {', '.join(STRATEGIES)}"
+      f"unknown data strategy {strategy!r}; use one of {', '.join(STRATEGIES)}"
     )
   if strategy == "none":
     return np.arange(len(real_group))
   size = size or np.bincount(real_group[real_group >= 0]).max()
-  parts = []
-  for g in range(num_groups):
+  parts = [np.flatnonzero(real_group < 0)]
+  for g, name in enumerate(group_names):
     real = np.flatnonzero(real_group == g)
     synthetic = np.empty(0, np.int64)
     if strategy == "equal_scale":
       synthetic = len(real_group) + np.flatnonzero(synthetic_group == g)
-    if not len(real) and not len(synthetic):
+    if not len(real):
       raise ValueError(
-        f"group {g} has no training case, so {strategy} cannot give it"
+        f"group {name} has no training case, so {strategy} cannot give it"
         f" {size}; choose another data.attribute or fairness.strategy='none'"
       )
     parts.append(synthetic)
-    missing = size - len(synthetic)
-    if len(real):
-      parts.append(repeat_to(rng, real, max(missing, 0)))
+    parts.append(repeat_to(rng, real, max(size - len(synthetic), 0)))
   return np.concatenate(parts)

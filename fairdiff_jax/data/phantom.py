@@ -22,7 +22,6 @@ min(H, W) / 64. `write` stores patients in the files of Harvard-FairSeg's
 current release, so they take the same road as real ones.
 """
 
-import csv
 import pathlib
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
+from fairdiff_jax.data import npz
 from fairdiff_jax.data.attributes import ATTRIBUTES
 
 
@@ -98,11 +98,6 @@ _SHARES = {
     "Separated": 0.01,
   },
 }
-_WORDS = {
-  "Married": "married or partnered",
-  "Separated": "legally separated",
-}
-_COLUMNS = "filename,age,gender,race,ethnicity,language,maritalstatus,use"
 
 _SPECKLE = 0.13  # standard deviation of the multiplicative noise
 _GRAIN = 0.6  # pixels of a 64-pixel image, as are all lengths below
@@ -269,25 +264,14 @@ def write(
   for i, (group, use) in enumerate(bar, start=1):
     rng = np.random.default_rng([seed, i])
     image, mask = generate(rng, group, shape)
-    attributes = {"race": group} | {
+    codes = {"race": group} | {
       key: _choose(rng, key) for key in ATTRIBUTES if key != "race"
     }
-    attributes["age"] = int(np.clip(rng.normal(61, 16), 18, 95))
+    codes["age"] = int(np.clip(rng.normal(61, 16), 18, 95))
     name = f"data_{i:05d}.npz"
-    np.savez_compressed(
-      directory / name,
-      slo_fundus=image,
-      disc_cup_mask=np.array([0.0, -1.0, -2.0])[mask],
-      **{key: np.int64(code) for key, code in attributes.items()},
-    )
-    words = {key: _word(key, attributes[key]) for key in ATTRIBUTES}
-    rows.append(
-      words | {"filename": name, "age": attributes["age"], "use": use}
-    )
-  with open(directory / "data_summary.csv", "w", newline="") as file:
-    table = csv.DictWriter(file, _COLUMNS.split(","), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    npz.write_case(directory / name, image, mask, codes)
+    rows.append({"filename": name, "use": use} | codes)
+  npz.write_summary(directory, rows)
 
 
 def _draw(rng, mean_sd: tuple[float, float]) -> float:
@@ -387,11 +371,3 @@ def _choose(rng, key: str) -> int:
   shares = [_SHARES[key][word] for word in ATTRIBUTES[key]]
   codes = [*range(len(shares)), -1]
   return int(rng.choice(codes, p=[*shares, max(0.0, 1 - sum(shares))]))
-
-
-def _word(key: str, code: int) -> str:
-  """The word for a code in the release's csv."""
-  if code < 0:
-    return "unknown"
-  word = ATTRIBUTES[key][code]
-  return _WORDS.get(word, word.lower())

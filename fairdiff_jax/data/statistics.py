@@ -19,7 +19,7 @@ def shapes(num_groups: int) -> dict:
     },
     "image": {
       "intensity": np.zeros((num_groups + 1, NUM_CLASSES), np.float32),
-      "scale": np.zeros((), np.float32),
+      "scale": np.zeros(num_groups + 1, np.float32),
     },
     "segmenter": {},
   }
@@ -41,7 +41,7 @@ def compute(
     By network: points 'mean' [3] and 'std' [] ("global unit": one standard
     deviation for all coordinates); image 'intensity' [G + 1, 3], whose last
     row and rows of absent groups are the means over all cases, and 'scale'
-    [], the residual's standard deviation.
+    [G + 1], the residual's standard deviation likewise.
   """
   result = shapes(num_groups)
   flat = cases.points.reshape(-1, 3)
@@ -51,28 +51,23 @@ def compute(
     "std": np.float32(np.sqrt(((flat - mean) ** 2).mean(dtype=np.float64))),
   }
   if not intensity_prior:
-    result["image"]["scale"] = np.float32(1)
+    result["image"]["scale"] += 1
     return result
-  classes = np.arange(NUM_CLASSES)
-  total = np.zeros((len(group), NUM_CLASSES))
-  count = np.zeros((len(group), NUM_CLASSES))
-  square = 0.0
+  # Sums by case and class suffice: sum (x - a)^2 = sum x^2 - 2 a sum x + a^2 n
+  shape = (len(group), NUM_CLASSES)
+  count, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
   for i, (image, mask) in enumerate(zip(cases.image, cases.mask, strict=True)):
-    image = image / 127.5 - 1
-    count[i] = np.bincount(mask.ravel(), minlength=NUM_CLASSES)
-    total[i] = np.bincount(mask.ravel(), image.ravel(), NUM_CLASSES)
-    square += np.sum(image**2)
-  intensity = np.empty((num_groups + 1, NUM_CLASSES))
-  intensity[:] = total.sum(0) / count.sum(0)
-  for g in range(num_groups):
+    x, label = image.ravel() / 127.5 - 1, mask.ravel()
+    count[i] = np.bincount(label, minlength=NUM_CLASSES)
+    total[i] = np.bincount(label, x, NUM_CLASSES)
+    square[i] = np.bincount(label, x**2, NUM_CLASSES)
+  for g in range(num_groups + 1):
     member = group == g
-    if member.any():
-      intensity[g] = total[member].sum(0) / count[member].sum(0)
-  # sum (x - a)^2 = sum x^2 - 2 a sum x + a^2 n, class by class
-  a = intensity[np.where(group < 0, num_groups, group)][:, classes]
-  residual = square - np.sum(2 * a * total) + np.sum(a**2 * count)
-  result["image"] = {
-    "intensity": intensity.astype(np.float32),
-    "scale": np.float32(np.sqrt(residual / count.sum())),
-  }
+    if not member.any():
+      member = np.ones(len(group), bool)
+    n, first, second = (x[member].sum(0) for x in (count, total, square))
+    mean = first / n
+    variance = np.sum(second - 2 * mean * first + mean**2 * n) / n.sum()
+    result["image"]["intensity"][g] = mean
+    result["image"]["scale"][g] = np.sqrt(variance)
   return result

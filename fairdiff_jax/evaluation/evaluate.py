@@ -16,27 +16,11 @@ from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, dice
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.synthesis.generate import Generated, make_generator
-from fairdiff_jax.training.checkpoint import Checkpoints
-from fairdiff_jax.training.loop import Setup, setup, to_host
-from fairdiff_jax.training.mesh import put_batch
+from fairdiff_jax.training.checkpoint import restore_inference
+from fairdiff_jax.training.loop import Setup, setup
+from fairdiff_jax.training.mesh import put_batch, to_host
 
 SUBJECT, BASELINE = "FairDiff, joint", "Baseline (ERM)"
-
-
-def restore(workdir: str | Path, run: Setup) -> tuple[int, dict[str, Any]]:
-  """Step and inference part of a run's newest checkpoint.
-
-  Raises:
-    FileNotFoundError: if the run has no checkpoint yet.
-  """
-  checkpoints = Checkpoints(workdir)
-  restored = checkpoints.restore(run.abstract)
-  checkpoints.close()
-  if restored is None:
-    raise FileNotFoundError(
-      f"{workdir} has no checkpoint yet; let the run train further"
-    )
-  return restored[0], restored[1]["inference"]
 
 
 def make_predictor(
@@ -147,7 +131,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
   workdir = Path(workdir)
   config = configs.load(workdir)
   run = setup(config)
-  step, inference = restore(workdir, run)
+  step, inference = restore_inference(workdir, run.abstract)
   names = run.objective.group_names
   data = configs.data_directory(config, workdir)
   test, train = load(data, "test"), load(data, "train")
@@ -157,7 +141,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
   predictors = {SUBJECT: make_predictor(run, inference, size)}
   if (workdir / "baseline" / "checkpoints").exists():
     baseline = setup(configs.load(workdir / "baseline"))
-    _, parameters = restore(workdir / "baseline", baseline)
+    _, parameters = restore_inference(workdir / "baseline", baseline.abstract)
     predictors[BASELINE] = make_predictor(baseline, parameters, size)
   predictions = {
     name: predict(test.image) for name, predict in predictors.items()

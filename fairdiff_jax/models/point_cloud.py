@@ -59,6 +59,10 @@ def posterior_entropy(logvar: jax.Array) -> jax.Array:
 def log_prior(w: jax.Array, logdet: jax.Array) -> jax.Array:
   """Log density, in nats, of the latents that the flow takes to w.
 
+  The original adds the constant -log(2 pi) / 2 once per pair of dimensions, not
+  per dimension: its loss is larger by kl_weight D (D - 1) / 2 log(2 pi), which
+  has no gradient.
+
   Args:
     w: [B, D], the flow's output.
     logdet: [B], log |det dw/dz|.

@@ -47,6 +47,9 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 def _group_norm(x: jax.Array, name: str) -> jax.Array:
   groups = int(np.gcd(32, x.shape[-1]))
+  if groups == x.shape[-1]:
+    # Groups of one channel would cancel biases and the conditioning's shift.
+    groups //= 2
   return nn.GroupNorm(groups, epsilon=1e-5, name=name)(x)
 
 

@@ -4,12 +4,12 @@ r"""Risk of the image generator: diffusion of an image given its mask.
 
 on the residual to a mask-conditional intensity prior,
 
-    x_0 = (image - mu(m, g)) / scale,    mu(m, g) = sum_c A[g, c] blur(1[m = c])
+    x_0 = (image - mu(m, g)) / s[g],    mu(m, g) = sum_c A[g, c] blur(1[m = c])
 
 where A[g, c] is the training set's mean intensity of class c in group g and
-`scale` the residual's standard deviation. The prior carries what a few cases
+s[g] the residual's standard deviation. The prior carries what a few cases
 of a group can teach, their brightness and contrast; the network adds the
-rest. With A = 0 and scale = 1 it is plain diffusion.
+rest. With A = 0 and s = 1 it is plain diffusion.
 
 The mask enters as FairDiff's hint: an RGB image in [0, 1] with white
 background, red rim and blue cup.
@@ -54,15 +54,24 @@ def blur(x: jax.Array) -> jax.Array:
 
 
 def intensity_prior(
-  mask: jax.Array, group: jax.Array, intensity: jax.Array
-) -> jax.Array:
-  """mu(m, g) [B, H, W, 1] from masks, groups [B] and A [G + 1, C].
+  mask: jax.Array, group: jax.Array, statistics: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """What is known of an image before it is seen.
 
-  The last row of A serves cases of unknown group (-1).
+  Args:
+    mask: [B, H, W].
+    group: [B], -1 for unknown.
+    statistics: 'intensity' A [G + 1, C] and 'scale' s [G + 1]; the last row
+      serves unknown groups.
+
+  Returns:
+    mu(m, g) [B, H, W, 1] and s [B, 1, 1, 1].
   """
-  table = intensity[jnp.where(group < 0, len(intensity) - 1, group)]
+  intensity, scale = statistics["intensity"], statistics["scale"]
+  row = jnp.where(group < 0, len(intensity) - 1, group)
   one_hot = jax.nn.one_hot(mask, intensity.shape[-1])
-  return jnp.einsum("bhwc,bc->bhw", blur(one_hot), table)[..., None]
+  mean = jnp.einsum("bhwc,bc->bhw", blur(one_hot), intensity[row])
+  return mean[..., None], scale[row][:, None, None, None]
 
 
 def image_task(config, num_groups: int) -> Task:
@@ -75,19 +84,24 @@ def image_task(config, num_groups: int) -> Task:
     num_groups: G.
 
   Returns:
-    A task whose frozen variables are {'intensity' [G + 1, 3], 'scale' []}.
+    A task whose frozen variables are {'intensity' [G + 1, 3], 'scale' [G + 1]}.
     Its `risk` aux holds 'x0' [B, H, W, 1], the denoised images in [-1, 1],
     and 'signal' [B] = abar_t, the share of x_t's variance that is data. Its
     `sample` maps (variables, masks [B, H, W], group [B], keys [B]) to images
     [B, H, W, 1] in [-1, 1].
 
   Raises:
-    ValueError: if `conditioning` is unknown.
+    ValueError: if `conditioning` is unknown, or `sample_steps` out of range.
   """
   if config.conditioning not in ("controlnet", "concat"):
     raise ValueError(
       f"unknown image conditioning {config.conditioning!r}; use"
       " 'controlnet' or 'concat'"
+    )
+  if not 1 <= config.sample_steps <= config.num_steps:
+    raise ValueError(
+      f"image.sample_steps={config.sample_steps} is not in 1 to"
+      f" image.num_steps={config.num_steps}"
     )
   controlled = config.conditioning == "controlnet"
   sizes = dict(
@@ -130,9 +144,9 @@ def image_task(config, num_groups: int) -> Task:
 
   def risk(variables, batch, keys, train):
     del train
-    mask, group, frozen = batch["mask"], batch["group"], variables.frozen
-    prior = intensity_prior(mask, group, frozen["intensity"])
-    x_0 = (batch["image"] - prior) / frozen["scale"]
+    mask, group = batch["mask"], batch["group"]
+    prior, scale = intensity_prior(mask, group, variables.frozen)
+    x_0 = (batch["image"] - prior) / scale
     step_keys, noise_keys, drop_keys = jax.vmap(
       lambda key: jax.random.split(key, 3), out_axes=1
     )(keys)
@@ -153,14 +167,13 @@ def image_task(config, num_groups: int) -> Task:
     signal, _ = signal_and_noise(schedule, t, 1)
     aux = {
       "batch_stats": {},
-      "x0": x0_hat * frozen["scale"] + prior,
+      "x0": x0_hat * scale + prior,
       "signal": signal**2 * kept,
     }
     return jnp.mean(error**2, axis=(1, 2, 3)), aux
 
   def sample(variables, mask, group, keys):
-    frozen = variables.frozen
-    prior = intensity_prior(mask, group, frozen["intensity"])
+    prior, scale = intensity_prior(mask, group, variables.frozen)
     hint = hint_image(mask)
 
     def denoise(x_t, t):
@@ -186,6 +199,6 @@ def image_task(config, num_groups: int) -> Task:
       num_steps=config.sample_steps,
       eta=config.eta,
     )
-    return jnp.clip(x_0 * frozen["scale"] + prior, -1, 1)
+    return jnp.clip(x_0 * scale + prior, -1, 1)
 
   return Task(init, risk, sample)

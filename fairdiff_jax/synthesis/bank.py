@@ -71,6 +71,10 @@ def _write(directory, cases, group, names, facts):
   )
   with (temporary / "manifest.jsonl").open("w") as file:
     for i, g in enumerate(group):
-      record = {"case": i, "group": names[g], "attempts": int(cases.attempts[i])}
+      record = {
+        "case": i,
+        "group": names[g],
+        "attempts": int(cases.attempts[i]),
+      }
       file.write(json.dumps(record | facts) + "\n")
   temporary.rename(directory)

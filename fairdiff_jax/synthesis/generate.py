@@ -17,8 +17,8 @@ from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.objectives.joint import Objective
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.synthesis.audit import mask_fault
-from fairdiff_jax.training.loop import Setup, to_host
-from fairdiff_jax.training.mesh import put_batch
+from fairdiff_jax.training.loop import Setup
+from fairdiff_jax.training.mesh import put_batch, to_host
 
 
 class Generated(NamedTuple):
@@ -48,7 +48,7 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
   """
   config = run.config.bank
   shape = tuple(run.config.data.size)
-  size = -(-config.batch_size // jax.device_count()) * jax.device_count()
+  size = -(-config.batch_size // run.mesh.size) * run.mesh.size
   draw_points, draw_images = _compiled(run.objective, run.mesh)
 
   def call(function, variables, key, number, *arrays):

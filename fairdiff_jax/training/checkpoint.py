@@ -3,18 +3,22 @@
 Every checkpoint has two parts: 'inference' (averaged parameters, statistics,
 constants: all that sampling and evaluation need) and 'training' (the rest of
 the state). Orbax writes into a temporary directory and renames it, so that a
-checkpoint is complete or absent; a complete one that cannot be read is
-reported and the one before it is taken.
+checkpoint is complete or absent; a complete one that cannot be read, or whose
+arrays are not those that were saved, is reported and the one before it is
+taken.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
+from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.step import TrainState
 
 INFERENCE = ("ema", "batch_stats", "frozen")
@@ -32,33 +36,58 @@ def join(parts: dict[str, dict[str, Any]]) -> TrainState:
   return TrainState(**parts["inference"], **parts["training"])
 
 
-class Checkpoints:
-  """The checkpoints under `<workdir>/checkpoints`."""
+def fingerprint(tree: Any) -> str:
+  """SHA-256 over paths, types and bytes of all arrays, in a fixed order."""
+  digest = hashlib.sha256()
+  leaves = jax.tree_util.tree_leaves_with_path(to_host(tree))
+  for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
 
-  def __init__(self, workdir: str | Path, keep: int = 2):
+
+class Checkpoints:
+  """The checkpoints under `<workdir>/checkpoints`.
+
+  Args:
+    workdir: a run's directory.
+    keep: newest checkpoints to keep; None for one who only reads, perhaps
+      while the run goes on.
+  """
+
+  def __init__(self, workdir: str | Path, keep: int | None = None):
     policies = ocp.training.preservation_policies
     saves = ocp.training.save_decision_policies
     self._checkpointer = ocp.training.Checkpointer(
       Path(workdir).absolute() / "checkpoints",
-      preservation_policy=policies.LatestN(keep),
+      preservation_policy=policies.LatestN(keep) if keep else None,
       # The loop decides when to save.
       save_decision_policy=saves.FixedIntervalPolicy(1),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=keep is not None,
     )
 
   @property
   def steps(self) -> list[int]:
-    """Steps of complete checkpoints, oldest first."""
+    """Steps of complete checkpoints, oldest first; waits for a save."""
+    self._checkpointer.wait()
     return [c.step for c in self._checkpointer.checkpoints]
 
   def save(self, state: TrainState, *, facts: dict[str, Any]):
     """Starts saving; `facts` is what else the run must remember (JSON).
 
     The copy to the host is done when this returns, so that the state may be
-    donated to the next step; files are written in the background.
+    donated to the next step; files are written in the background. A damaged
+    checkpoint of the same step is replaced.
     """
+    parts = split(state)
+    digests = {name: fingerprint(part) for name, part in parts.items()}
     self._checkpointer.save_checkpointables_async(
-      int(state.step), split(state), custom_metadata=facts, force=True
+      int(state.step),
+      parts,
+      custom_metadata=facts | {"sha256": digests},
+      force=True,
+      overwrite=True,
     )
 
   def facts(self, step: int) -> dict[str, Any]:
@@ -86,10 +115,11 @@ class Checkpoints:
     failures = []
     for step in reversed(self.steps):
       try:
-        return step, self._checkpointer.load_checkpointables(step, wanted)
+        return step, self._load(step, wanted)
       except Exception as error:
-        logging.warning("checkpoint of step %d is damaged: %s", step, error)
-        failures.append(f"step {step}: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        logging.warning("checkpoint of step %d is damaged: %s", step, reason)
+        failures.append(f"step {step}: {reason}")
     if failures:
       raise ValueError(
         f"no checkpoint in {self._checkpointer.directory} can be read"
@@ -98,9 +128,35 @@ class Checkpoints:
       )
     return None
 
+  def _load(self, step, wanted):
+    parts = self._checkpointer.load_checkpointables(step, wanted)
+    saved = self.facts(step)["sha256"]
+    for name, part in parts.items():
+      if fingerprint(part) != saved[name]:
+        raise ValueError(f"arrays of {name!r} are not those that were saved")
+    return parts
+
   def close(self):
     """Waits for saves in progress."""
     self._checkpointer.close()
+
+
+def restore_inference(
+  workdir: str | Path, abstract: TrainState
+) -> tuple[int, dict[str, Any]]:
+  """Step and inference part of a run's newest checkpoint.
+
+  Raises:
+    FileNotFoundError: if the run has no checkpoint yet.
+  """
+  checkpoints = Checkpoints(workdir)
+  restored = checkpoints.restore(abstract)
+  checkpoints.close()
+  if restored is None:
+    raise FileNotFoundError(
+      f"{workdir} has no checkpoint yet; let the run train further"
+    )
+  return restored[0], restored[1]["inference"]
 
 
 def describe(

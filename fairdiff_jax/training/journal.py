@@ -40,7 +40,9 @@ class Journal:
           break  # the line during which an earlier run was killed
         if record["step"] <= start and "params_sha256" not in record:
           kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
     self._file = path.open("a", buffering=1)
     self._events = SummaryWriter(str(workdir), purge_step=start + 1)
     self._bar = tqdm(

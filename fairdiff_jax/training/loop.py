@@ -6,11 +6,10 @@ that a run stopped at any moment goes on from its last checkpoint to the very
 same parameters.
 """
 
-import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -27,10 +25,18 @@ from fairdiff_jax.data import statistics
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Pool, Prefetcher, draw, make_batch
-from fairdiff_jax.data.mixture import powered_pool, synthetic_quota
-from fairdiff_jax.data.mixture import training_pool
+from fairdiff_jax.data.mixture import (
+  powered_pool,
+  synthetic_quota,
+  training_pool,
+)
 from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
-from fairdiff_jax.training.checkpoint import Checkpoints, describe, join
+from fairdiff_jax.training.checkpoint import (
+  Checkpoints,
+  describe,
+  fingerprint,
+  join,
+)
 from fairdiff_jax.training.journal import Journal
 from fairdiff_jax.training.mesh import host_slice, make_mesh, tree_shardings
 from fairdiff_jax.training.optimizer import make_optimizer
@@ -92,10 +98,14 @@ def bank_step(config, step: int) -> int | None:
   return start + (step - start) // config.bank.every * config.bank.every
 
 
-def setup(config) -> Setup:
+def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
   """Builds objective, optimiser and mesh, and describes the state.
 
   Networks that never learn are left out.
+
+  Args:
+    config: the run's config.
+    devices: the mesh's devices; None for all of all hosts.
   """
   names = group_names(config)
   axis_name = AXIS if config.parallel.compile == "pmap" else None
@@ -103,7 +113,7 @@ def setup(config) -> Setup:
   num_updates = {n: count for n, count in num_updates.items() if count > 0}
   objective = make_objective(config, names, tuple(num_updates), axis_name)
   optimizer = make_optimizer(config.optimizer, num_updates)
-  mesh = make_mesh(config.parallel.fsdp)
+  mesh = make_mesh(config.parallel.fsdp, devices)
   init = partial(
     init_state,
     jax.random.key(config.seed),
@@ -134,38 +144,38 @@ def _constants(stats: dict[str, Any], objective: Objective) -> dict[str, Any]:
   return {name: stats[name] for name in objective.tasks}
 
 
-def to_host(tree: Any) -> Any:
-  """Arrays of a tree as numpy, whole, on every host."""
-
-  def fetch(x):
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      if x.is_fully_replicated:
-        return np.asarray(x.addressable_data(0))
-      return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-  return jax.tree.map(fetch, tree)
-
-
-def fingerprint(tree: Any) -> str:
-  """SHA-256 over paths, types and bytes of all arrays, in a fixed order."""
-  digest = hashlib.sha256()
-  leaves = jax.tree_util.tree_leaves_with_path(to_host(tree))
-  for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  return digest.hexdigest()
+def make_step(
+  run: Setup, active: tuple[str, ...]
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Compiles the train step of a phase: (state, host's batch) -> the next."""
+  return compile_step(
+    partial(
+      train_step,
+      objective=run.objective,
+      optimizer=run.optimizer,
+      seed=run.config.seed,
+      ema_decay=run.config.train.ema_decay,
+      active=active,
+    ),
+    mesh=run.mesh,
+    shardings=jax.tree.map(lambda x: x.sharding, run.abstract),
+    mode=run.config.parallel.compile,
+  )
 
 
 class _Pools:
-  """The pools of a run and the batches they give."""
+  """The pools of a run and the batches they give.
 
-  def __init__(self, config, cases: Cases, num_groups: int):
+  Raises:
+    ValueError: at once, rather than when the segmenter starts, if one of its
+      batches or pools cannot be made.
+  """
+
+  def __init__(self, config, cases: Cases, group_names: tuple[str, ...]):
     self._config = config
     self._cases = cases
     self._group = cases.attributes[config.data.attribute]
-    self._num_groups = num_groups
+    self._group_names = group_names
     self._rng = lambda n: np.random.default_rng(
       [config.seed, STREAMS["pools"], n]
     )
@@ -178,14 +188,27 @@ class _Pools:
       powered_pool(self._rng(0), self._group, config.train.generation_power),
     )
     self.segmentation = None
-    self.quota = np.zeros(num_groups, int)
+    self.quota = np.zeros(len(group_names), int)
     if config.fairness.strategy == "equal_scale":
       self.quota = synthetic_quota(
         self._group,
-        num_groups,
+        len(group_names),
         size=config.fairness.group_size,
         real_share=config.fairness.real_share,
       )
+    if config.train.segmenter[0] < config.train.segmenter[1]:
+      host_slice(config.train.segmentation_batch)
+      self._epoch(np.empty(0, np.int32))
+
+  def _epoch(self, synthetic_group):
+    return training_pool(
+      self._rng(1),
+      self._config.fairness.strategy,
+      self._group,
+      synthetic_group,
+      self._group_names,
+      size=self._config.fairness.group_size,
+    )
 
   def mix(self, synthetic: Synthetic | None):
     """Makes the segmenter's pool from real cases and the bank."""
@@ -194,19 +217,13 @@ class _Pools:
       empty = np.empty((0, *shape), np.uint8)
       synthetic = Synthetic(empty, empty, np.empty(0, np.int32))
     self.segmentation = Pool(
-      self._cases.name + [f"synthetic_{i}" for i in range(len(synthetic.group))],
+      self._cases.name
+      + [f"synthetic_{i}" for i in range(len(synthetic.group))],
       np.concatenate([self._cases.image, synthetic.image]),
       np.concatenate([self._cases.mask, synthetic.mask]),
       np.concatenate([self._group, synthetic.group]),
       np.empty((len(self._group) + len(synthetic.group), 0, 3), np.float32),
-      training_pool(
-        self._rng(1),
-        self._config.fairness.strategy,
-        self._group,
-        synthetic.group,
-        self._num_groups,
-        size=self._config.fairness.group_size,
-      ),
+      self._epoch(synthetic.group),
     )
 
   def _parts(self, step):
@@ -321,15 +338,16 @@ def train(
     The final state, or None if SIGTERM stopped the run early.
 
   Raises:
-    ValueError: if the work directory belongs to another config, or no group
-      has cases.
+    ValueError: if the work directory belongs to another config, a group has
+      no case, or devices do not divide a batch.
     FloatingPointError: if a step's loss or gradients are not finite.
   """
   workdir = Path(workdir)
   first_host = jax.process_index() == 0
-  claim(workdir, config, write=first_host)
   run = setup(config)
-  pools = _Pools(config, cases, len(run.objective.group_names))
+  pools = _Pools(config, cases, run.objective.group_names)
+  # Only now: a config that cannot run must not claim the directory.
+  claim(workdir, config, write=first_host)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   restored = checkpoints.restore(run.abstract, ("inference", "training"))
   if restored is None:
@@ -353,6 +371,7 @@ def train(
   prefetch = Prefetcher(pools.batch)
   facts = {"config_sha256": config_hash(config)}
   compiled, bank, pending = {}, None, None
+  stopped = "SIGTERM: stopped after step {}, saved; the same command resumes"
   refill = make_refill(run) if make_refill else None
 
   def settle():
@@ -366,17 +385,18 @@ def train(
     settle()
     bank = bank_step(config, step)
     named = None if bank is None else bank_name(bank)
-    checkpoints.save(state, facts=facts | {"bank": named})
+    # A checkpoint is removed when the next is complete; its bank after that.
+    needed = {bank_step(config, s) for s in [*checkpoints.steps, step]}
     if first_host:
-      needed = {bank_step(config, s) for s in [*checkpoints.steps, step]}
       _prune(workdir / "bank", {bank_name(b) for b in needed if b is not None})
+    checkpoints.save(state, facts=facts | {"bank": named})
 
   try:
     for step in range(start, total):
       if termination(step):
         if step > start:
           save(step)
-        journal.say(f"SIGTERM: saved step {step}; the same command resumes")
+        journal.say(stopped.format(step))
         return None
       if step > start and step % config.checkpoint.every == 0:
         save(step)
@@ -401,19 +421,7 @@ def train(
       if following == total or bank_step(config, following) != bank:
         following = None
       if active not in compiled:
-        compiled[active] = compile_step(
-          partial(
-            train_step,
-            objective=run.objective,
-            optimizer=run.optimizer,
-            seed=config.seed,
-            ema_decay=config.train.ema_decay,
-            active=active,
-          ),
-          mesh=run.mesh,
-          shardings=jax.tree.map(lambda x: x.sharding, run.abstract),
-          mode=config.parallel.compile,
-        )
+        compiled[active] = make_step(run, active)
       batch = prefetch(step, following=following)
       rows = sum(len(part["weight"]) for part in batch.values())
       state, metrics = compiled[active](state, batch)
@@ -428,6 +436,9 @@ def train(
     if start < total:
       save(total)
     journal.log(total, {"params_sha256": fingerprint(state.params)})
+    if termination(total):
+      journal.say(stopped.format(total))
+      return None
     return state
   finally:
     prefetch.close()

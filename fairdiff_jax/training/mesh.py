@@ -6,18 +6,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """All devices, `fsdp` of them sharing each copy of the parameters.
+def make_mesh(
+  fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """All devices, or those given; `fsdp` of them share one parameter copy.
 
   Raises:
     ValueError: if `fsdp` does not divide the number of devices.
   """
-  count = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   if fsdp < 1 or count % fsdp:
     raise ValueError(
       f"parallel.fsdp={fsdp} does not divide the {count} devices at hand"
@@ -26,6 +29,7 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     (count // fsdp, fsdp),
     ("data", "fsdp"),
     axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices,
   )
 
 
@@ -78,6 +82,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
     batch,
   )
+
+
+def to_host(tree: Any) -> Any:
+  """Arrays of a tree as numpy, whole, on every host."""
+
+  def fetch(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(fetch, tree)
 
 
 def host_slice(global_size: int) -> slice:

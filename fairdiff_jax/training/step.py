@@ -162,7 +162,7 @@ def compile_step(
     devices=list(mesh.devices.flat),
     donate_argnums=0,
   )
-  count = jax.local_device_count()
+  count = len(mesh.local_devices)
 
   def run(state, batch):
     shards = jax.tree.map(

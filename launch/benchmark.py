@@ -1,0 +1,89 @@
+"""Times the joint train step for several values of a config field.
+
+  python launch/benchmark.py --config configs/phantom.py \
+    --field fairness.method --values none,variance
+
+All variants take turns in one process, so that their ratios hold on a noisy
+machine; the ratio is that of each round's times, its median and quartiles.
+"""
+
+import time
+
+import cli
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from fairdiff_jax.data import statistics
+from fairdiff_jax.objectives.joint import NETWORKS
+from fairdiff_jax.training.loop import make_step, setup
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
+FIELD = flags.DEFINE_string("field", "fairness.method", "Field to vary.")
+VALUES = flags.DEFINE_list("values", ["none", "variance"], "Its values.")
+ROUNDS = flags.DEFINE_integer("rounds", 40, "Rounds; each times every value.")
+STEPS = flags.DEFINE_integer("steps", 5, "Steps per value and round.")
+flags.mark_flag_as_required("config")
+
+
+def random_batch(config, num_groups):
+  """A batch of noise with the shapes of a run's batches."""
+  rng = np.random.default_rng(0)
+  height, width = config.data.size
+
+  def part(size):
+    return {
+      "image": rng.uniform(-1, 1, (size, height, width, 1)).astype(np.float32),
+      "mask": rng.integers(0, 3, (size, height, width), np.int32),
+      "points": rng.normal(
+        scale=10, size=(size, config.points.num_points, 3)
+      ).astype(np.float32),
+      "group": rng.integers(0, num_groups, size, np.int32),
+      "weight": np.ones(size, np.float32),
+    }
+
+  return {
+    "generation": part(config.train.generation_batch),
+    "segmentation": part(config.train.segmentation_batch),
+  }
+
+
+def main(_):
+  steps, states = {}, {}
+  for value in VALUES.value:
+    config = CONFIG.value.copy_and_resolve_references()
+    with config.unlocked():
+      config.update_from_flattened_dict({FIELD.value: value})
+    run = setup(config)
+    num_groups = len(run.objective.group_names)
+    batch = random_batch(config, num_groups)
+    stats = jax.tree.map(np.ones_like, statistics.shapes(num_groups))
+    states[value] = run.init(stats)
+    steps[value] = make_step(run, NETWORKS)
+    states[value], _ = steps[value](states[value], batch)
+  seconds = {value: [] for value in VALUES.value}
+  for number in tqdm(range(ROUNDS.value), unit="round"):
+    # Alternating the order keeps a drift of the machine out of the ratios.
+    order = VALUES.value if number % 2 else VALUES.value[::-1]
+    for value in order:
+      jax.block_until_ready(states[value])
+      start = time.perf_counter()
+      for _ in range(STEPS.value):
+        states[value], _ = steps[value](states[value], batch)
+      jax.block_until_ready(states[value])
+      seconds[value].append((time.perf_counter() - start) / STEPS.value)
+  first = np.asarray(seconds[VALUES.value[0]])
+  print(f"{FIELD.value:<24}{'ms a step':>10}{'ratio':>9}   quartiles")
+  for value in VALUES.value:
+    ratio = np.asarray(seconds[value]) / first
+    low, middle, high = np.percentile(ratio, [25, 50, 75])
+    print(
+      f"{value:<24}{1e3 * np.median(seconds[value]):10.1f}{middle:9.3f}"
+      f"   {low:.3f} to {high:.3f}"
+    )
+
+
+if __name__ == "__main__":
+  cli.run(main)
