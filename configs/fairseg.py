@@ -50,8 +50,8 @@ def get_config(variant: str = ""):
     config.train.steps = 1_700
     config.train.points = (0, 1_700)
     config.train.image = (700, 1_700)
-    config.train.segmenter = (1_350, 1_700)
+    config.train.segmenter = (1_100, 1_700)
     config.train.generation_batch = config.train.segmentation_batch = 16
-    config.bank.every = 175
-    config.checkpoint.every = 350
+    config.bank.every = 300
+    config.checkpoint.every = 300
   return config.lock()

@@ -26,6 +26,11 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
   return baseline
 
 
+def _meet(name: str):
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
 def run(config: ConfigDict, workdir: str | Path) -> bool:
   """Runs an experiment, or goes on with it.
 
@@ -39,10 +44,11 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
   workdir = Path(workdir)
   directory = data_directory(config, workdir)
   if config.data.source == "phantom":
+    # Gloo gives up after 30 s when processes first meet, but not later.
+    _meet("start")
     if jax.process_index() == 0:
       prepare(config.data, directory)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("data")
+    _meet("data")
   cases = load(directory, "train")
   if train(config, workdir, cases, make_refill=make_refill) is None:
     return False

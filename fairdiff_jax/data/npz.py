@@ -9,6 +9,7 @@ import csv
 import io
 import os
 import re
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ import numpy as np
 
 from fairdiff_jax.data import attributes
 
+# NumPy parses headers with `ast`, which fails now and then in threads of Python
+# 3.11 (SystemError, CPython issue 106905).
+_PARSING = threading.Lock()
 MASK_CODES = {0: 0, -1: 1, -2: 2}  # file -> background, rim, cup
 SUMMARY = "data_summary.csv"
 COLUMNS = (
@@ -203,7 +207,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray | None]:
   wanted.update(*attributes.KEYS.values())
   arrays, key = {}, None
   try:
-    with np.load(path, allow_pickle=False) as npz:
+    with _PARSING, np.load(path, allow_pickle=False) as npz:
       for key in npz.files:
         arrays[key] = npz[key] if key in wanted else None
   except (

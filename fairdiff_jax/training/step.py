@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fairdiff_jax.objectives.joint import Objective, joint_objective
+from fairdiff_jax.objectives.joint import NETWORKS, Objective, joint_objective
 from fairdiff_jax.training.mesh import BATCH, put_batch
 
 AXIS = "batch"  # the mapped axis under pmap
@@ -56,8 +56,9 @@ def init_state(
 ) -> TrainState:
   """The state before the first step; pure, so that it can be described."""
   params, batch_stats = {}, {}
-  for i, (name, task) in enumerate(objective.tasks.items()):
-    params[name], batch_stats[name] = task.init(jax.random.fold_in(key, i))
+  for name, task in objective.tasks.items():
+    network_key = jax.random.fold_in(key, NETWORKS.index(name))
+    params[name], batch_stats[name] = task.init(network_key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     updates={name: jnp.zeros((), jnp.int32) for name in params},
