@@ -2,8 +2,13 @@
 
 import os
 
-# JAX reads this once, when its backend starts.
+# JAX reads these once, when its backend starts. Tests compile far longer than
+# they run, so that code is not optimised.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+  ]
 )

@@ -293,11 +293,11 @@ def _prune(root: Path, kept: set[str]):
 
 
 def _check_finite(workdir, pools, step, metrics):
-  """Raises with a dump if a step's objective or gradients are not finite."""
+  """Raises with a dump if objective, gradients or parameters are not finite."""
   guarded = {
     k: float(v)
     for k, v in metrics.items()
-    if k == "loss/total" or k.startswith("grad_norm/")
+    if k == "loss/total" or k.startswith(("grad_norm/", "param_norm/"))
   }
   if all(np.isfinite(v) for v in guarded.values()):
     return
@@ -340,7 +340,8 @@ def train(
   Raises:
     ValueError: if the work directory belongs to another config, a group has
       no case, or devices do not divide a batch.
-    FloatingPointError: if a step's loss or gradients are not finite.
+    FloatingPointError: if a step's loss, gradients or new parameters are not
+      finite.
   """
   workdir = Path(workdir)
   first_host = jax.process_index() == 0

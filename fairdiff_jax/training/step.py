@@ -110,6 +110,7 @@ def train_step(
     decay = jnp.minimum(ema_decay, counts[name] / (9.0 + counts[name]))
     ema[name] = optax.incremental_update(params[name], ema[name], 1 - decay)
     metrics[f"grad_norm/{name}"] = optax.global_norm(grads[name])
+    metrics[f"param_norm/{name}"] = optax.global_norm(params[name])
   state = state.replace(
     step=state.step + 1,
     updates=counts,

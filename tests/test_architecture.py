@@ -1,0 +1,78 @@
+"""Who may import whom: data flows one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "fairdiff_jax"
+
+# What each part may import, besides itself.
+ALLOWED = {
+  "config": [],
+  "data": [],
+  "models": ["data"],
+  "pretrained": ["models"],
+  "diffusion": ["data", "models"],
+  "fairness": ["data", "models"],
+  "objectives": ["data", "models", "diffusion", "fairness"],
+}
+ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config"]
+ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
+ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]
+ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
+
+
+def imports(path):
+  """Dotted names that a file imports, wherever in the file it does."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: relative import"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(*folders):
+  return sorted(p for f in folders for p in (ROOT / f).rglob("*.py"))
+
+
+def part_of(path):
+  return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
+
+
+LIBRARY = [p for p in files(PACKAGE) if p.parent != ROOT / PACKAGE]
+LIBRARY += [
+  p for p in (ROOT / PACKAGE).glob("*.py") if p.name != "__init__.py"
+]
+
+
+def test_every_part_has_a_place():
+  assert {part_of(p) for p in LIBRARY} == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_point_one_way(part):
+  wrong = []
+  for path in LIBRARY:
+    if part_of(path) != part:
+      continue
+    for name in imports(path):
+      first, *rest = name.split(".")
+      if first in ("launch", "configs", "tests"):
+        wrong.append((path.name, name))
+      elif first == PACKAGE and rest[0] not in (part, *ALLOWED[part]):
+        wrong.append((path.name, name))
+  assert not wrong
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "torch"])
+def test_no_other_framework(framework):
+  found = [
+    path.name
+    for path in files(PACKAGE, "configs", "launch")
+    for name in imports(path)
+    if name.split(".")[0] == framework
+  ]
+  assert not found

@@ -1,0 +1,164 @@
+"""What a user gets wrong is said in one line that helps."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import phantom
+from fairdiff_jax import config as configs
+from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data.fairseg import Cases, load
+from fairdiff_jax.evaluation.evaluate import evaluate
+from fairdiff_jax.training import mesh
+from fairdiff_jax.training.loop import setup, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def smoke(**changes):
+  config = phantom.get_config("smoke")
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def make_cases(groups=(0, 1, 2)):
+  """Blank cases, one of each given group."""
+  n = len(groups)
+  return Cases(
+    name=[f"case_{i}" for i in range(n)],
+    image=np.zeros((n, 32, 32), np.uint8),
+    mask=np.zeros((n, 32, 32), np.uint8),
+    points=np.zeros((n, 32, 3), np.float32),
+    attributes={a: np.array(groups, np.int32) for a in ATTRIBUTES},
+  )
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("data.attribute", "rase", "unknown data.attribute 'rase'.*race, gender"),
+    ("fairness.method", "varience", "unknown fairness method.*variance"),
+    ("image.conditioning", "cross", "unknown image conditioning.*controlnet"),
+    ("image.schedule", "cosin", "unknown schedule 'cosin'.*cosine"),
+    ("image.sample_steps", 1001, "image.sample_steps=1001 is not in 1 to"),
+    ("image.sample_steps", 0, "image.sample_steps=0 is not in 1 to"),
+    ("parallel.fsdp", 3, "parallel.fsdp=3 does not divide the 8 devices"),
+  ],
+)
+def test_setup_refuses(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    setup(smoke(**{field: value}))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"fairness.strategy": "equal_scales"},
+      "unknown data strategy 'equal_scales'.*equal_scale",
+    ),
+    ({"fairness.real_share": 2.0}, "fairness.real_share=2.0 is not in 0..1"),
+    ({"train.segmentation_batch": 12}, "batch of 12 .* 8 devices"),
+  ],
+)
+def test_train_refuses_before_it_starts(tmp_path, changes, message):
+  """Not hours later, when the segmenter's turn comes."""
+  with pytest.raises(ValueError, match=message):
+    train(smoke(**changes), tmp_path, make_cases())
+  assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["equal_scale", "repeat_sample"])
+def test_a_group_without_cases_is_named(tmp_path, strategy):
+  config = smoke(**{"fairness.strategy": strategy})
+  with pytest.raises(ValueError, match="group Black has no training case"):
+    train(config, tmp_path, make_cases([0, 0, 2]))
+
+
+def test_batch_is_not_divisible_by_devices():
+  with pytest.raises(ValueError, match="12 cannot be split over 8 devices"):
+    mesh.host_slice(12)
+
+
+def test_directory_of_another_config(tmp_path):
+  configs.claim(tmp_path, smoke())
+  other = smoke(**{"seed": 3, "fairness.method": "gap"})
+  with pytest.raises(ValueError) as error:
+    train(other, tmp_path, make_cases())
+  message = str(error.value)
+  assert "fairness.method: variance before, gap now" in message
+  assert "seed: 0 before, 3 now" in message
+  assert "another --workdir" in message
+  with pytest.raises(ValueError, match="seed: 0 before, 3 now"):
+    configs.require(tmp_path, other)
+
+
+def test_unknown_variant():
+  with pytest.raises(ValueError, match="unknown variant 'smok' of phantom"):
+    phantom.get_config("smok")
+
+
+def test_no_prepared_data(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py"):
+    load(tmp_path, "train")
+
+
+def test_no_run(tmp_path):
+  with pytest.raises(FileNotFoundError, match="not the work directory of a"):
+    evaluate(tmp_path)
+
+
+def test_no_checkpoint(tmp_path):
+  configs.claim(tmp_path, smoke())
+  with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+    evaluate(tmp_path)
+
+
+def launch(script, *arguments):
+  return subprocess.run(
+    [sys.executable, f"launch/{script}.py", *arguments],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def assert_one_line(done, pattern):
+  assert done.returncode == 1, done.stderr
+  assert re.fullmatch(f"error: {pattern}\n", done.stderr), done.stderr
+
+
+def test_typo_on_the_command_line(tmp_path):
+  done = launch(
+    "train",
+    *("--config", "configs/phantom.py:smoke", "--workdir", str(tmp_path)),
+    "--config.fairness.metod=gap",
+  )
+  assert_one_line(done, '.*metod.*Did you mean "method".*')
+
+
+def test_missing_run_on_the_command_line(tmp_path):
+  done = launch("evaluate", "--workdir", str(tmp_path / "none"))
+  assert_one_line(done, ".*not the work directory of a run; train first.*")
+
+
+def test_not_finite_is_one_line(monkeypatch, capsys):
+  monkeypatch.syspath_prepend(str(ROOT / "launch"))
+  import cli
+
+  def main(_):
+    raise FloatingPointError("step 2 is not finite;\n  lower it")
+
+  monkeypatch.setattr(cli.app, "run", lambda guarded, **_: guarded([]))
+  monkeypatch.setattr(
+    cli.flags, "FLAGS", {"verbosity": type("F", (), {"present": 1})}
+  )
+  cli.run(main)
+  assert capsys.readouterr().err == "error: step 2 is not finite; lower it\n"

@@ -1,0 +1,223 @@
+"""Mixtures, batches as pure functions of (seed, step), augmentation."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fairdiff_jax.data import loader, mixture
+from fairdiff_jax.data.augment import augment
+from fairdiff_jax.data.contours import mask_to_points, points_to_mask
+from fairdiff_jax.data.phantom import generate
+
+GROUP = np.array([0] * 2 + [1] * 6 + [2] * 3 + [-1])
+NAMES = ("A", "B", "C")
+
+
+def rng(seed=0):
+  return np.random.default_rng(seed)
+
+
+def sizes(pool, group):
+  return Counter(group[pool].tolist())
+
+
+def test_repeat_to_spreads_evenly():
+  found = Counter(mixture.repeat_to(rng(), np.array([4, 7, 9]), 8).tolist())
+  assert sorted(found) == [4, 7, 9] and sorted(found.values()) == [2, 3, 3]
+  assert len(mixture.repeat_to(rng(), np.array([4, 7]), 0)) == 0
+  with pytest.raises(ValueError, match="cannot draw 2 cases from none"):
+    mixture.repeat_to(rng(), np.empty(0, int), 2)
+
+
+@pytest.mark.parametrize(
+  ("size", "share", "quota"),
+  [
+    (0, 0.0, [4, 0, 3]),
+    (0, 0.5, [3, 0, 3]),
+    (0, 1.0, [0, 0, 0]),
+    (10, 0.0, [8, 4, 7]),
+    (10, 0.5, [5, 4, 5]),
+    (1, 0.0, [0, 0, 0]),
+  ],
+)
+def test_synthetic_quota_by_hand(size, share, quota):
+  found = mixture.synthetic_quota(GROUP, 3, size=size, real_share=share)
+  np.testing.assert_array_equal(found, quota)
+
+
+def test_real_share_is_checked():
+  with pytest.raises(ValueError, match=r"real_share=1\.5"):
+    mixture.synthetic_quota(GROUP, 3, real_share=1.5)
+
+
+def test_training_pools_by_hand():
+  synthetic = np.array([0] * 3 + [2] * 3)
+
+  def pool(strategy, synthetic, **options):
+    return mixture.training_pool(
+      rng(), strategy, GROUP, synthetic, NAMES, **options
+    )
+
+  np.testing.assert_array_equal(pool("none", synthetic), np.arange(12))
+
+  repeated = pool("repeat_sample", synthetic)
+  assert sizes(repeated, GROUP) == {0: 6, 1: 6, 2: 6, -1: 1}
+  assert Counter(repeated.tolist())[0] == 3
+
+  both = np.concatenate([GROUP, synthetic])
+  mixed = pool("equal_scale", synthetic)
+  assert sizes(mixed, both) == {0: 6, 1: 6, 2: 6, -1: 1}
+  assert set(range(12, 18)) <= set(mixed.tolist())
+  assert (np.bincount(mixed)[:2] >= 1).all()  # 3 of group 0 are real
+
+  empty = np.empty(0, int)
+  assert sizes(pool("equal_scale", empty), GROUP) == sizes(repeated, GROUP)
+  subset = pool("equal_scale", empty, size=4)
+  assert sizes(subset, GROUP) == {0: 4, 1: 4, 2: 4, -1: 1}
+  assert len({i for i in subset.tolist() if GROUP[i] == 1}) == 4
+
+
+def test_training_pool_errors():
+  with pytest.raises(ValueError, match="unknown data strategy 'smote'"):
+    mixture.training_pool(rng(), "smote", GROUP, GROUP[:0], NAMES)
+  with pytest.raises(ValueError, match="group D has no training case"):
+    names = (*NAMES, "D")
+    mixture.training_pool(rng(), "repeat_sample", GROUP, GROUP[:0], names)
+
+
+def test_powered_pool_between_as_is_and_balanced():
+  group = np.repeat([0, 1], [4, 64])
+  for power, expected in ((0, 4), (0.5, 16), (1, 64)):
+    pool = mixture.powered_pool(rng(), group, power)
+    assert sizes(pool, group) == {0: expected, 1: 64}
+    assert set(pool.tolist()) == set(range(68))
+
+
+def make_pool(n=10, size=8, epoch=None):
+  draw = rng(1)
+  return loader.Pool(
+    [f"case_{i}" for i in range(n)],
+    draw.integers(0, 256, (n, size, size)).astype(np.uint8),
+    draw.integers(0, 3, (n, size, size)).astype(np.uint8),
+    np.arange(n) % 3 - 1,
+    draw.normal(size=(n, 5, 3)).astype(np.float32),
+    np.arange(n) if epoch is None else epoch,
+  )
+
+
+def batch(pool, step=0, rows=slice(0, 8), seed=3, augmented=True):
+  return loader.make_batch(
+    pool,
+    seed=seed,
+    stream=1,
+    step=step,
+    size=8,
+    rows=rows,
+    augmented=augmented,
+  )
+
+
+def test_every_case_once_an_epoch():
+  epoch = np.array([3, 3, 5, 8, 1, 0, 7])
+  drawn = np.concatenate(
+    [loader.draw(epoch, seed=0, stream=0, step=s, size=4) for s in range(7)]
+  )
+  epochs = drawn.reshape(4, 7)
+  for once in epochs:
+    assert Counter(once.tolist()) == Counter(epoch.tolist())
+  assert len({tuple(once) for once in epochs.tolist()}) > 1
+
+
+def test_an_epoch_shorter_than_a_batch():
+  drawn = loader.draw(np.array([5, 6]), seed=0, stream=0, step=3, size=8)
+  assert Counter(drawn.tolist()) == {5: 4, 6: 4}
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+  pool = make_pool()
+  first = batch(pool, step=4)
+  batch(pool, step=1)
+  again = batch(make_pool(), step=4)
+  for key in first:
+    np.testing.assert_array_equal(first[key], again[key])
+  for other in (batch(pool, step=5), batch(pool, step=4, seed=9)):
+    assert not np.array_equal(first["image"], other["image"])
+
+
+def test_host_slices_make_the_global_batch():
+  pool = make_pool()
+  whole = batch(pool, step=2)
+  parts = [batch(pool, step=2, rows=slice(i, i + 2)) for i in (0, 2, 4, 6)]
+  for key, value in whole.items():
+    joined = np.concatenate([part[key] for part in parts])
+    np.testing.assert_array_equal(joined, value)
+
+
+def test_batch_contents_and_types():
+  pool = make_pool()
+  before = [x.copy() for x in pool[1:5]]
+  found = batch(pool, augmented=False)
+  index = loader.draw(pool.epoch, seed=3, stream=1, step=0, size=8)
+  expected = pool.image[index].astype(np.float64) / 127.5 - 1
+  np.testing.assert_allclose(found["image"][..., 0], expected, atol=1e-6)
+  np.testing.assert_array_equal(found["mask"], pool.mask[index])
+  np.testing.assert_array_equal(found["points"], pool.points[index])
+  np.testing.assert_array_equal(found["group"], pool.group[index])
+  np.testing.assert_array_equal(found["weight"], np.ones(8))
+  assert {k: v.dtype.name for k, v in found.items()} == {
+    "image": "float32",
+    "mask": "int32",
+    "points": "float32",
+    "group": "int32",
+    "weight": "float32",
+  }
+  batch(pool)
+  for old, new in zip(before, pool[1:5], strict=True):
+    np.testing.assert_array_equal(old, new)  # augmentation works on copies
+
+
+def test_prefetcher_builds_each_batch_once():
+  built = []
+  prefetch = loader.Prefetcher(lambda step: built.append(step) or step)
+  assert prefetch(0, following=1) == 0
+  assert prefetch(1, following=None) == 1
+  assert built == [0, 1]
+  assert prefetch(2, following=3) == 2
+  assert prefetch(7, following=None) == 7  # not what was announced
+  prefetch.close()
+
+
+def dice(a, b):
+  return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 64)])
+def test_augmentation_keeps_image_mask_and_points_together(shape):
+  _, mask = generate(rng(2), 0, shape=shape)
+  points = mask_to_points(mask, 256)
+  image = (mask * 100).astype(np.uint8)
+  worst, kinds = 1.0, set()
+  for seed in range(24):
+    turned, moved, cloud = augment(rng(seed), image, mask, points)
+    assert turned.shape == moved.shape == shape
+    assert cloud.shape == points.shape and cloud.dtype == np.float32
+    np.testing.assert_array_equal(cloud[:, 2], points[:, 2])
+    kinds.add(bytes(moved))
+    drawn = points_to_mask(cloud, shape)
+    seen = np.round(turned / 100)
+    for label in (1, 2):
+      worst = min(
+        worst,
+        dice(drawn >= label, moved >= label),
+        dice(seen >= label, moved >= label),
+      )
+  assert worst > 0.9
+  assert len(kinds) > 5
+
+
+def test_augmentation_takes_cases_without_points():
+  image, mask = generate(rng(), 1)
+  for seed in range(8):
+    *_, points = augment(rng(seed), image, mask, np.empty((0, 3), np.float32))
+    assert points.shape == (0, 3)

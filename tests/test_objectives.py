@@ -1,0 +1,428 @@
+"""Risks of the three networks and their sum, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.phantom import get_config
+from fairdiff_jax.data import statistics
+from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.diffusion.samplers import example_keys
+from fairdiff_jax.objectives.image import (
+  HINT_COLORS,
+  blur,
+  hint_image,
+  intensity_prior,
+)
+from fairdiff_jax.objectives.joint import (
+  NETWORKS,
+  joint_objective,
+  make_objective,
+)
+from fairdiff_jax.objectives.segmentation import segmentation_loss
+from fairdiff_jax.objectives.task import Variables
+from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.step import init_state, train_step
+
+GROUPS = ("A", "B", "C")
+BATCH, SIZE, POINTS = 6, 16, 10
+
+
+def make_config(**changes):
+  config = get_config("smoke").unlock()
+  config.points.num_points, config.points.num_steps = POINTS, 4
+  config.image.dropout = 0.5
+  config.fairness.method, config.fairness.weight = "gap", 0.7
+  config.objective.points, config.objective.image = 2.0, 3.0
+  config.objective.segmenter, config.objective.agreement = 0.5, 0.25
+  config.update_from_flattened_dict(changes)
+  return config.lock()
+
+
+def make_cases(seed=0, n=BATCH):
+  rng = np.random.default_rng(seed)
+  return Cases(
+    name=[f"case_{i}" for i in range(n)],
+    image=rng.integers(0, 256, (n, SIZE, SIZE)).astype(np.uint8),
+    mask=rng.integers(0, 3, (n, SIZE, SIZE)).astype(np.uint8),
+    points=rng.normal(8, 3, (n, POINTS, 3)).astype(np.float32),
+    attributes={},
+  )
+
+
+GROUP = np.array([0, 2, -1, 2, 0, 0], np.int32)
+
+
+def make_batch(seed=0):
+  cases = make_cases(seed)
+  part = {
+    "image": (cases.image / 127.5 - 1).astype(np.float32)[..., None],
+    "mask": cases.mask.astype(np.int32),
+    "points": cases.points,
+    "group": GROUP,
+    "weight": np.array([1, 1, 1, 0, 1, 1], np.float32),
+  }
+  other = make_cases(seed + 1)
+  image = (other.image / 127.5 - 1).astype(np.float32)[..., None]
+  return {
+    "generation": part,
+    "segmentation": part | {"image": image, "mask": part["mask"][::-1]},
+  }
+
+
+@pytest.fixture(scope="module")
+def objective():
+  return make_objective(make_config(), GROUPS)
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+  return make_optimizer(make_config().optimizer, dict.fromkeys(NETWORKS, 100))
+
+
+@pytest.fixture(scope="module")
+def state(objective, optimizer):
+  stats = statistics.compute(make_cases(), GROUP, 3, intensity_prior=True)
+  state = jax.jit(
+    lambda: init_state(
+      jax.random.key(0), stats, objective=objective, optimizer=optimizer
+    )
+  )()
+  # Zero-initialised layers would hide what depends on the condition.
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32),
+    state.params,
+  )
+  return state.replace(params=params)
+
+
+def variables(state, name):
+  return Variables(
+    state.params[name], state.batch_stats[name], state.frozen[name]
+  )
+
+
+@pytest.fixture(scope="module")
+def risks(objective, state):
+  """name -> compiled (part, keys) -> (losses, aux)."""
+  return {
+    name: jax.jit(
+      lambda part, keys, name=name: objective.tasks[name].risk(
+        variables(state, name), part, keys, True
+      )
+    )
+    for name in NETWORKS
+  }
+
+
+def keys_of(index, seed=1):
+  return example_keys(jax.random.key(seed), jnp.asarray(index))
+
+
+def test_segmentation_loss_matches_numpy():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(4, 5, 6, 3))
+  label = rng.integers(0, 3, (4, 5, 6))
+  label[3] = 0  # without rim and cup
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  y = np.eye(3)[label]
+  cross_entropy = -np.log((p * y).sum(-1)).mean((1, 2))
+  intersection = (p * y).sum((1, 2))
+  sizes = (p**2).sum((1, 2)) + (y**2).sum((1, 2))
+  dice = (1 - (2 * intersection + 1e-5) / (sizes + 1e-5)).mean(-1)
+  found = segmentation_loss(
+    jnp.asarray(logits, jnp.float32),
+    jnp.asarray(label),
+    cross_entropy_weight=0.4,
+    dice_weight=0.6,
+  )
+  np.testing.assert_allclose(found, 0.4 * cross_entropy + 0.6 * dice, rtol=1e-5)
+
+
+def test_perfect_segmentation_costs_nothing():
+  label = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 8, 8)))
+  loss = segmentation_loss(
+    100.0 * jax.nn.one_hot(label, 3),
+    label,
+    cross_entropy_weight=1,
+    dice_weight=1,
+  )
+  np.testing.assert_allclose(loss, 0, atol=1e-5)
+
+
+def test_hints_are_white_red_blue():
+  mask = jnp.array([[[0, 1, 2]]])
+  expected = [[[[1, 1, 1], [1, 0, 0], [0, 0, 1]]]]
+  np.testing.assert_array_equal(hint_image(mask), expected)
+  assert len(HINT_COLORS) == 3
+
+
+def test_blur_is_binomial_and_keeps_constants():
+  impulse = np.zeros((1, 9, 9, 1), np.float32)
+  impulse[0, 4, 4, 0] = 1
+  kernel = np.zeros(9)
+  kernel[2:7] = np.array([1, 4, 6, 4, 1]) / 16
+  found = blur(jnp.asarray(impulse))[0, ..., 0]
+  np.testing.assert_allclose(found, np.outer(kernel, kernel), atol=1e-7)
+  flat = jnp.full((1, 4, 5, 2), 3.0)
+  np.testing.assert_allclose(blur(flat), flat, rtol=1e-6)
+
+
+def test_intensity_prior_looks_up_group_and_class():
+  table = jnp.arange(12.0).reshape(4, 3)
+  scale = jnp.array([0.1, 0.2, 0.3, 0.4])
+  mask = jnp.broadcast_to(jnp.array([0, 1, 2, 1])[:, None, None], (4, 5, 5))
+  group = jnp.array([0, 2, 1, -1])
+  mean, s = intensity_prior(mask, group, {"intensity": table, "scale": scale})
+  assert mean.shape == (4, 5, 5, 1)
+  np.testing.assert_allclose(mean[:, 2, 2, 0], [0, 7, 5, 10], rtol=1e-6)
+  np.testing.assert_allclose(s[:, 0, 0, 0], [0.1, 0.3, 0.2, 0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_statistics_match_numpy(prior):
+  cases = make_cases()
+  found = statistics.compute(cases, GROUP, 3, intensity_prior=prior)
+  points = cases.points.astype(np.float64).reshape(-1, 3)
+  mean = points.mean(0)
+  np.testing.assert_allclose(found["points"]["mean"], mean, rtol=1e-6)
+  std = np.sqrt(((points - mean) ** 2).mean())
+  assert found["points"]["std"] == pytest.approx(std, rel=1e-6)
+  image = cases.image / 127.5 - 1
+  table, scale = found["image"]["intensity"], found["image"]["scale"]
+  if not prior:
+    np.testing.assert_array_equal(table, np.zeros((4, 3)))
+    np.testing.assert_array_equal(scale, np.ones(4))
+    return
+  # Group 1 has no case and takes all of them; unknown is the last row.
+  members = (GROUP == 0, GROUP >= -1, GROUP == 2, GROUP >= -1)
+  for row, member in enumerate(members):
+    x, label = image[member], cases.mask[member]
+    means = np.array([x[label == c].mean() for c in range(3)])
+    np.testing.assert_allclose(table[row], means, atol=1e-6)
+    residual = np.sqrt(np.mean((x - means[label]) ** 2))
+    assert scale[row] == pytest.approx(residual, rel=1e-6)
+
+
+def test_statistics_have_the_announced_shapes():
+  found = statistics.compute(make_cases(), GROUP, 3, intensity_prior=True)
+  shapes = jax.tree.map(np.shape, statistics.shapes(3))
+  assert jax.tree.map(np.shape, found) == shapes
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_risks_are_per_example(risks, name):
+  """Permuting cases with their keys permutes their losses."""
+  part = make_batch()["generation"]
+  losses, _ = risks[name](part, keys_of(range(BATCH)))
+  assert losses.shape == (BATCH,) and np.isfinite(losses).all()
+  assert len(set(np.asarray(losses).tolist())) == BATCH
+  order = np.array([3, 0, 5, 1, 4, 2])
+  permuted, _ = risks[name](
+    {k: v[order] for k, v in part.items()}, keys_of(order)
+  )
+  np.testing.assert_allclose(permuted, losses[order], rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["image", "segmenter"])
+def test_a_case_does_not_see_the_others(risks, name):
+  part = make_batch()["generation"]
+  losses, _ = risks[name](part, keys_of(range(BATCH)))
+  other = {k: np.concatenate([v[:1], v[:0:-1]]) for k, v in part.items()}
+  found, _ = risks[name](other, keys_of(range(BATCH)))
+  np.testing.assert_allclose(found[0], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropout_hides_the_mask(state, dropout):
+  config = make_config(**{"image.dropout": dropout})
+  task = make_objective(config, GROUPS, ("image",)).tasks["image"]
+  # With A = 0 the prior cannot tell masks apart.
+  frozen = {"intensity": jnp.zeros((4, 3)), "scale": jnp.ones(4)}
+  known = Variables(state.params["image"], {}, frozen)
+  part = make_batch()["generation"]
+  other = part | {"mask": part["mask"][::-1], "group": GROUP[::-1]}
+  risk = jax.jit(lambda part: task.risk(known, part, keys_of(range(6)), True))
+  same = np.isclose(risk(part)[0], risk(other)[0], rtol=1e-6)
+  assert same.all() if dropout else not same.any()
+  np.testing.assert_array_equal(risk(part)[1]["signal"] == 0, dropout == 1)
+
+
+def test_unknown_conditioning():
+  config = make_config(**{"image.conditioning": "film"})
+  with pytest.raises(ValueError, match="unknown image conditioning 'film'"):
+    make_objective(config, GROUPS)
+
+
+def test_samples_have_the_data_s_shape_and_range(objective, state):
+  keys, group = keys_of(range(2)), jnp.array([0, -1])
+  clouds = objective.tasks["points"].sample(
+    variables(state, "points"), group, keys
+  )
+  assert clouds.shape == (2, POINTS, 3) and np.isfinite(clouds).all()
+  mask = jnp.asarray(make_cases().mask[:2].astype(np.int32))
+  images = jax.jit(objective.tasks["image"].sample)(
+    variables(state, "image"), mask, group, keys
+  )
+  assert images.shape == (2, SIZE, SIZE, 1)
+  assert np.abs(images).max() <= 1
+  labels = objective.tasks["segmenter"].sample(
+    variables(state, "segmenter"), images[:, :, :-3]
+  )
+  assert labels.shape == (2, SIZE, SIZE - 3)
+  assert set(np.unique(labels)) <= {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def joint(objective, state):
+  """Compiled gradient of the objective with every network active."""
+
+  def function(params, batch):
+    return joint_objective(
+      params,
+      state.batch_stats,
+      state.frozen,
+      state.fairness,
+      batch,
+      jax.random.key(5),
+      objective=objective,
+      active=NETWORKS,
+    )
+
+  return jax.jit(jax.value_and_grad(function, has_aux=True))
+
+
+def test_the_objective_is_the_documented_sum(joint, objective, state, risks):
+  batch = make_batch()
+  (total, aux), _ = joint(state.params, batch)
+  metrics = {k: float(v) for k, v in aux["metrics"].items()}
+  weight = batch["generation"]["weight"].astype(np.float64)
+
+  def losses(name, part):
+    key = jax.random.fold_in(jax.random.key(5), NETWORKS.index(name))
+    return risks[name](part, example_keys(key, jnp.arange(BATCH)))
+
+  def mean(x):
+    return float(np.sum(np.asarray(x, np.float64) * weight) / weight.sum())
+
+  points, _ = losses("points", batch["generation"])
+  image, image_aux = losses("image", batch["generation"])
+  segmenter, _ = losses("segmenter", batch["segmentation"])
+  segmenter = np.asarray(segmenter, np.float64)
+  denoised = batch["generation"] | {"image": image_aux["x0"]}
+  shown = losses("segmenter", denoised)[0] * image_aux["signal"]
+  present = [
+    np.mean(segmenter[(GROUP == g) & (weight > 0)]) for g in (0, 2)
+  ]
+  gap = max(present) - min(present)
+
+  expected = {
+    "loss/points": mean(points),
+    "loss/image": mean(image),
+    "loss/segmenter": mean(segmenter),
+    "loss/agreement": mean(shown),
+    "loss/fairness": gap,
+    "risk/A": present[0],
+    "risk/C": present[1],
+  }
+  for key, value in expected.items():
+    assert metrics[key] == pytest.approx(value, rel=1e-5), key
+  assert np.isnan(metrics["risk/B"])
+  sum_ = 2 * mean(points) + 3 * mean(image) + 0.5 * mean(segmenter)
+  sum_ += 0.7 * gap + 0.25 * mean(shown)
+  assert float(total) == pytest.approx(sum_, rel=1e-5)
+  assert metrics["loss/total"] == float(total)
+
+
+def test_agreement_teaches_only_the_image_generator(state):
+  """The segmenter's gradient is the same with and without agreement."""
+  batch, grads = make_batch(), {}
+  for weight in (0.0, 5.0):
+    config = make_config(**{"objective.agreement": weight})
+    objective = make_objective(config, GROUPS, ("image", "segmenter"))
+    active = ("image", "segmenter")
+
+    def function(params, objective=objective, active=active):
+      return joint_objective(
+        params,
+        state.batch_stats,
+        state.frozen,
+        (),
+        batch,
+        jax.random.key(5),
+        objective=objective,
+        active=active,
+      )[0]
+
+    params = {name: state.params[name] for name in active}
+    grads[weight] = jax.jit(jax.grad(function))(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+    grads[0.0]["segmenter"],
+    grads[5.0]["segmenter"],
+  )
+  change = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()),
+    grads[0.0]["image"],
+    grads[5.0]["image"],
+  )
+  assert max(jax.tree.leaves(change)) > 1e-4
+
+
+@pytest.mark.parametrize("active", [("segmenter",), ("points",)])
+def test_inactive_networks_are_untouched(objective, optimizer, state, active):
+  step = jax.jit(
+    lambda state, batch: train_step(
+      state,
+      batch,
+      objective=objective,
+      optimizer=optimizer,
+      seed=0,
+      ema_decay=0.9,
+      active=active,
+    )
+  )
+  parts = {"segmenter": "segmentation", "points": "generation"}
+  part = parts[active[0]]
+  found, metrics = step(state, {part: make_batch()[part]})
+  found, metrics = step(found, {part: make_batch(7)[part]})
+  assert int(found.step) == 2
+  for name in NETWORKS:
+    fields = ("updates", "params", "ema", "batch_stats", "opt_state")
+    old, new = (
+      [getattr(s, field)[name] for field in fields] for s in (state, found)
+    )
+    changed = [
+      not np.array_equal(a, b)
+      for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    ]
+    assert any(changed) == (name in active)
+    assert (f"loss/{name}" in metrics) == (name in active)
+    assert int(found.updates[name]) == (2 if name in active else 0)
+
+
+def test_the_average_follows_the_parameters(objective, optimizer, state):
+  config = dict(objective=objective, optimizer=optimizer, seed=0)
+  step = jax.jit(
+    lambda state, batch: train_step(
+      state, batch, **config, ema_decay=0.3, active=("segmenter",)
+    )
+  )
+  part = {"segmentation": make_batch()["segmentation"]}
+  average = jax.tree.map(np.float64, state.ema["segmenter"])
+  current = state
+  for count in range(1, 8):
+    current, _ = step(current, part)
+    decay = min(0.3, count / (9 + count))
+    average = jax.tree.map(
+      lambda a, p, d=decay: d * a + (1 - d) * np.float64(p),
+      average,
+      current.params["segmenter"],
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+    current.ema["segmenter"],
+    average,
+  )

@@ -1,0 +1,307 @@
+"""Eight devices, `jit` or `pmap`, sharded or not, compute what one computes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs.phantom import get_config
+from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
+from fairdiff_jax.objectives.joint import NETWORKS
+from fairdiff_jax.synthesis.generate import make_generator
+from fairdiff_jax.training.checkpoint import Checkpoints, join, split
+from fairdiff_jax.training.loop import make_step, setup
+from fairdiff_jax.training.mesh import (
+  host_slice,
+  make_mesh,
+  to_host,
+  tree_shardings,
+)
+from fairdiff_jax.training.step import compile_step
+
+METHODS = ("none", "variance", "gap", "worst")
+STEPS, BATCH, SIZE, GROUPS = 5, 16, 16, 3
+TOLERANCE = 1e-5
+
+
+def tiny_config(**changes):
+  config = get_config("smoke").unlock()
+  config.data.size = (SIZE, SIZE)
+  config.points.num_points = config.data.num_points = 12
+  config.points.num_steps = 4
+  for name in NETWORKS:
+    # The full learning rate at once: what could drift does.
+    config.optimizer[name].warmup_steps = 1
+  config.update_from_flattened_dict(changes)
+  return config.lock()
+
+
+def selecting_regularizer(method=0):
+  """All penalties in one compiled step; the state, one-hot, picks one."""
+  penalties = [make_regularizer(name).penalty for name in METHODS]
+
+  def penalty(risk, count, state):
+    values = jnp.stack([p(risk, count, ())[0] for p in penalties])
+    return values @ state, state
+
+  return Regularizer(lambda num_groups: jax.nn.one_hot(method, 4), penalty)
+
+
+def make_run(count, **parallel):
+  """The tiny run on the first `count` devices, with all regularizers."""
+  config = tiny_config(**{f"parallel.{k}": v for k, v in parallel.items()})
+  run = setup(config, jax.devices()[:count])
+  choice = jax.ShapeDtypeStruct(
+    (4,), jnp.float32, sharding=NamedSharding(run.mesh, PartitionSpec())
+  )
+  return run._replace(
+    objective=run.objective._replace(regularizer=selecting_regularizer()),
+    abstract=run.abstract.replace(fairness=choice),
+  )
+
+
+LAYOUTS = {
+  "one": partial(make_run, 1),
+  "jit": partial(make_run, 8, fsdp=2),
+  "pmap": partial(make_run, 8, compile="pmap"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs():
+  return {name: make() for name, make in LAYOUTS.items()}
+
+
+@pytest.fixture(scope="module")
+def steps(runs):
+  return {name: make_step(run, NETWORKS) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def initial(runs):
+  """The initial state, on the host."""
+  rng = np.random.default_rng(0)
+  statistics = {
+    "points": {"mean": np.float32([8, 8, 0]), "std": np.float32(4)},
+    "image": {
+      "intensity": rng.uniform(-0.5, 0.5, (GROUPS + 1, 3)).astype(np.float32),
+      "scale": rng.uniform(0.2, 0.8, GROUPS + 1).astype(np.float32),
+    },
+    "segmenter": {},
+  }
+  state = to_host(runs["one"].init(statistics))
+  return state.replace(fairness=np.zeros(4, np.float32))
+
+
+def on(run, state):
+  """The state as it lies on a run's devices."""
+  return jax.tree.map(
+    lambda x, like: jax.device_put(x, like.sharding), state, run.abstract
+  )
+
+
+def make_batch(seed, garbage=0):
+  """A batch whose shards lack groups and, in places, any case at all."""
+  weight = np.ones(BATCH, np.float32)
+  weight[[1, 6, 7, 12, 15]] = 0  # rows 6 and 7 are a whole shard
+  group = np.repeat([0, 1, -1, 0, 2, 2, -1, 0], 2).astype(np.int32)
+
+  def part(rng, noise):
+    found = {
+      "image": rng.uniform(-1, 1, (BATCH, SIZE, SIZE, 1)).astype(np.float32),
+      "mask": rng.integers(0, 3, (BATCH, SIZE, SIZE)).astype(np.int32),
+      "points": rng.normal(8, 4, (BATCH, 12, 3)).astype(np.float32),
+    }
+    padding = weight == 0
+    for key, value in found.items():
+      shape = value[padding].shape
+      if key == "mask":
+        value[padding] = noise.integers(0, 3, shape)
+      else:
+        value[padding] = 30 * noise.normal(size=shape)
+    found["group"] = np.where(
+      padding, noise.integers(-1, GROUPS, BATCH), group
+    ).astype(np.int32)
+    return found | {"weight": weight}
+
+  rng, noise = np.random.default_rng(seed), np.random.default_rng(garbage)
+  return {k: part(rng, noise) for k in ("generation", "segmentation")}
+
+
+def train(step, state, batches):
+  metrics = []
+  for batch in batches:
+    state, found = step(state, batch)
+    metrics.append({k: float(v) for k, v in found.items()})
+  return to_host(state), metrics
+
+
+@pytest.fixture(scope="module")
+def results(runs, steps, initial):
+  """(layout, method) -> state and metrics after a few steps; computed once."""
+  known = {}
+
+  def result(layout, method):
+    if (layout, method) not in known:
+      choice = np.eye(4, dtype=np.float32)[METHODS.index(method)]
+      state = on(runs[layout], initial.replace(fairness=choice))
+      batches = [make_batch(i) for i in range(STEPS)]
+      known[layout, method] = train(steps[layout], state, batches)
+    return known[layout, method]
+
+  return result
+
+
+def largest_difference(a, b):
+  differences = jax.tree.map(
+    lambda x, y: np.abs(x - y).max(initial=0), a, b
+  )
+  path, value = max(
+    jax.tree_util.tree_leaves_with_path(differences), key=lambda x: x[1]
+  )
+  return value, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("layout", ["jit", "pmap"])
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_devices_compute_what_one_does(
+  results, initial, record_property, method, layout
+):
+  state, metrics = results(layout, method)
+  expected, expected_metrics = results("one", method)
+  for found, known in zip(metrics, expected_metrics, strict=True):
+    assert found.keys() == known.keys()
+    for key, value in known.items():
+      assert found[key] == pytest.approx(
+        value, rel=TOLERANCE, abs=TOLERANCE, nan_ok=key.startswith("risk/")
+      ), key
+  for field in ("params", "ema", "batch_stats"):
+    worst = largest_difference(getattr(state, field), getattr(expected, field))
+    record_property(f"largest difference in {field}", worst)
+    assert worst[0] < TOLERANCE, worst
+  moved = largest_difference(expected.params, initial.params)
+  assert moved[0] > 100 * TOLERANCE
+
+
+def test_regularizers_differ(results):
+  found = [results("one", m)[1][-1]["loss/fairness"] for m in METHODS]
+  assert found[0] == 0 and min(found[1:]) > 1e-5
+  assert len(set(found)) == 4
+
+
+def test_every_parameter_learns(results, initial):
+  """None stands still or lives on rounding noise."""
+  state, _ = results("one", "variance")
+  cancelled = ("dense_0']['bias", "dense_1']['bias", "norm_1']['bias")
+  still = [
+    jax.tree_util.keystr(path)
+    for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(state.params),
+      jax.tree.leaves(initial.params),
+      strict=True,
+    )
+    if np.array_equal(x, y)
+  ]
+  assert all(
+    "['posterior']" in name and any(c in name for c in cancelled)
+    for name in still
+  ), still
+
+
+def test_padding_changes_nothing(runs, steps, initial):
+  choice = np.eye(4, dtype=np.float32)[1]
+  found = [
+    train(
+      steps["one"],
+      on(runs["one"], initial.replace(fairness=choice)),
+      [make_batch(i, garbage) for i in range(2)],
+    )
+    for garbage in (0, 99)
+  ]
+  (state, metrics), (other, other_metrics) = found
+  np.testing.assert_equal(metrics, other_metrics)
+  jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
+def test_parameters_are_sharded(runs, initial):
+  state = on(runs["jit"], initial)
+  kernel = state.params["image"]["unet"]["conv_out"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 2
+  leaves = jax.tree.leaves((state.params, state.ema, state.opt_state))
+  held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+  assert held < 0.6 * sum(x.nbytes for x in leaves)
+
+
+def test_checkpoints_move_between_meshes(runs, results, tmp_path):
+  expected, _ = results("jit", "gap")
+  state = on(runs["jit"], expected)
+  for i, layout in enumerate(("one", "jit", "pmap")):
+    checkpoints = Checkpoints(tmp_path / str(i))
+    checkpoints.save(state, facts={})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / str(i))
+    step, parts = checkpoints.restore(
+      runs[layout].abstract, ("inference", "training")
+    )
+    checkpoints.close()
+    state = join(parts)
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, to_host(state), expected)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
+      lambda x: x.sharding, runs[layout].abstract
+    )
+
+
+def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
+  """Masks are equal, images up to rounding to the next of 256 levels."""
+  number = np.arange(10, 18)
+  group = np.array([0, 1, 2, -1, 0, 1, 2, 0], np.int32)
+
+  def generator(layout):
+    run = runs[layout]
+    config = run.config.copy_and_resolve_references().unlock()
+    config.bank.max_attempts = 50  # the network is not trained
+    inference = split(on(run, initial))["inference"]
+    return partial(make_generator(run._replace(config=config)), inference, 7)
+
+  one = generator("one")
+  expected = one(number, group)
+  some = np.array([6, 2, 5])
+  for found, index in (
+    (one(number[some], group[some]), some),
+    (generator("jit")(number, group), slice(None)),
+  ):
+    np.testing.assert_array_equal(found.mask, expected.mask[index])
+    np.testing.assert_array_equal(found.attempts, expected.attempts[index])
+    difference = found.image.astype(int) - expected.image[index]
+    assert np.abs(difference).max() <= 1
+  assert len({x.tobytes() for x in expected.image}) == len(number)
+
+
+def test_meshes_and_rules_are_checked():
+  assert dict(make_mesh(4).shape) == {"data": 2, "fsdp": 4}
+  with pytest.raises(ValueError, match="fsdp=3 does not divide the 8 devices"):
+    make_mesh(3)
+  with pytest.raises(ValueError, match="unknown sharding rule 'split'"):
+    tree_shardings({}, make_mesh(), [(".*", "split")])
+  with pytest.raises(ValueError, match="a batch of 12 cannot be split over 8"):
+    host_slice(12)
+  assert host_slice(16) == slice(0, 16)
+  compiled = partial(compile_step, lambda *x: x, shardings=None)
+  with pytest.raises(ValueError, match="unknown parallel.compile 'xmap'"):
+    compiled(mesh=make_mesh(), mode="xmap")
+  with pytest.raises(ValueError, match="set parallel.fsdp=1"):
+    compiled(mesh=make_mesh(2), mode="pmap")
+
+
+def test_rules_decide_how_arrays_lie():
+  mesh = make_mesh(2)
+  tree = {"params": {"kernel": np.zeros((3, 6, 4)), "bias": np.zeros(5)}}
+  rules = [("bias", "replicate"), ("params/", "fsdp")]
+  found = tree_shardings({**tree, "step": np.zeros(2)}, mesh, rules)
+  assert found["params"]["kernel"].spec == PartitionSpec(None, "fsdp")
+  assert found["params"]["bias"].spec == PartitionSpec()
+  assert found["step"].spec == PartitionSpec()

@@ -1,0 +1,175 @@
+"""Two processes on one machine train as one process does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 600  # seconds; a cluster that hangs fails the test
+TOLERANCE = 1e-5
+# One phase, a refill and two checkpoints; what is left is small.
+OVERRIDES = {
+  "data.size": "(16, 16)",
+  "data.num_points": 12,
+  "points.num_points": 12,
+  "points.num_steps": 4,
+  "image.conditioning": "concat",
+  "image.attention": "(False, False)",
+  "image.sample_steps": 1,
+  "objective.agreement": 0.1,
+  "train.steps": 4,
+  "train.points": "(0, 4)",
+  "train.image": "(0, 4)",
+  "train.segmenter": "(0, 4)",
+  "bank.every": 2,
+  "bank.max_attempts": 50,
+  "checkpoint.every": 2,
+  "evaluation.synthetic_per_group": 1,
+  "baseline": False,
+}
+
+
+def command(workdir, processes=1, **overrides):
+  """The command line of a run."""
+  train = ["--config", "configs/phantom.py:smoke", "--workdir", str(workdir)]
+  for key, value in (OVERRIDES | overrides).items():
+    train.append(f"--config.{key}={value}")
+  if processes == 1:
+    return [sys.executable, "launch/train.py", *train]
+  return ["launch/local_processes.sh", str(processes), *train]
+
+
+def start(workdir, processes=1, devices=2, **overrides):
+  """Starts a run, each process with its own simulated devices."""
+  flags = [
+    f"--xla_force_host_platform_device_count={devices}",
+    "--xla_backend_optimization_level=0",
+  ]
+  return subprocess.Popen(
+    command(workdir, processes, **overrides),
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "PYTHON": sys.executable,
+      "PYTHONPATH": str(ROOT),
+      "XLA_FLAGS": " ".join(flags),
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def finish(process):
+  """Waits for a run; kills all of it if it takes too long."""
+  try:
+    output, _ = process.communicate(timeout=TIMEOUT)
+  except BaseException:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    raise
+  return process.returncode, output
+
+
+def read(workdir):
+  """Metrics by line, and the final checkpoint's arrays by path."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  metrics = [json.loads(line) for line in lines]
+  checkpointer = ocp.training.Checkpointer(workdir / "checkpoints")
+  found = checkpointer.load_checkpointables(
+    checkpointer.latest.step,
+    {"inference": None, "training": None},
+  )
+  checkpointer.close()
+  return metrics, found
+
+
+def flatten(tree, prefix=""):
+  if isinstance(tree, dict):
+    for key, value in tree.items():
+      yield from flatten(value, f"{prefix}/{key}")
+  elif isinstance(tree, list | tuple):
+    yield from flatten(dict(enumerate(tree)), prefix)
+  elif tree is not None:
+    yield prefix, np.asarray(tree)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The run of one process with four devices."""
+  workdir = tmp_path_factory.mktemp("alone")
+  code, output = finish(start(workdir, devices=4))
+  assert code == 0, output
+  return workdir
+
+
+def assert_same_run(workdir, expected):
+  metrics, state = read(workdir)
+  expected_metrics, expected_state = read(expected)
+  assert len(metrics) == len(expected_metrics) == 5
+  for found, known in zip(metrics, expected_metrics, strict=True):
+    assert found.keys() == known.keys()
+    for key, value in known.items():
+      if key.startswith(("loss/", "risk/", "grad_norm/", "step")):
+        assert found[key] == pytest.approx(value, rel=TOLERANCE), key
+  arrays, known = dict(flatten(state)), dict(flatten(expected_state))
+  assert arrays.keys() == known.keys()
+  for key, value in known.items():
+    if "opt_state" not in key:
+      np.testing.assert_allclose(
+        arrays[key], value, rtol=0, atol=TOLERANCE, err_msg=key
+      )
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+  code, output = finish(start(tmp_path, processes=2))
+  assert code == 0, output
+  assert output.count("report: ") == 1  # only the first process speaks
+  assert_same_run(tmp_path, alone)
+  banks = [
+    np.load(workdir / "bank" / "step_00000002" / "cases.npz")
+    for workdir in (tmp_path, alone)
+  ]
+  np.testing.assert_array_equal(banks[0]["mask"], banks[1]["mask"])
+  assert (tmp_path / "report" / "index.html").exists()
+
+
+def test_a_stopped_cluster_resumes(alone, tmp_path):
+  """SIGTERM stops both processes at one step; the same command goes on."""
+  # So many steps that it can be stopped; the steps taken are the same.
+  process = start(tmp_path, processes=2)
+  try:
+    deadline = time.monotonic() + TIMEOUT
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+      assert process.poll() is None, process.communicate()[0]
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    process.terminate()
+  except BaseException:
+    os.killpg(process.pid, signal.SIGKILL)
+    raise
+  code, output = finish(process)
+  assert code == 0, output
+  assert "SIGTERM: saved step" in output
+  code, output = finish(start(tmp_path, processes=2))
+  assert code == 0, output
+  assert "resuming from the checkpoint" in output
+  assert_same_run(tmp_path, alone)
+
+
+def test_one_failing_process_stops_the_others(tmp_path):
+  process = start(tmp_path, processes=2, **{"data.attribute": "income"})
+  code, output = finish(process)
+  assert code != 0
+  assert "unknown data.attribute 'income'" in output

@@ -1,0 +1,331 @@
+"""A run that is stopped at any moment ends like one that never was.
+
+The runs are processes of their own, on one device, that kill themselves at a
+chosen moment (or are killed from outside); all share one compilation cache.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+OVERRIDES = {
+  "baseline": False,
+  "checkpoint.every": 3,
+  "image.conditioning": "concat",
+  "image.channels": (8,),
+  "image.attention": (False,),
+  "points.flow_depth": 1,
+  "segmenter.channels": (8,),
+  "train.points": (0, 2),  # leaves less to compile; the others learn together
+}
+
+# What happens when `method` of `owner` is called for the n-th time.
+FAULTS = """
+import os, signal, threading, time
+from pathlib import Path
+from fairdiff_jax.training.checkpoint import Checkpoints
+from fairdiff_jax.training.journal import Journal
+
+def on_call(owner, method, n, act):
+  original, calls = getattr(owner, method), []
+  def patched(self, *args, **kwargs):
+    calls.append(args)
+    if len(calls) == n:
+      return act(lambda: original(self, *args, **kwargs))
+    return original(self, *args, **kwargs)
+  setattr(owner, method, patched)
+
+def die(_):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+def die_once_step_3_is_saved(call):
+  wait_for_checkpoint(3)
+  die(call)
+
+def terminate(call):
+  os.kill(os.getpid(), signal.SIGTERM)
+  return call()
+
+def wait_for_checkpoint(step):
+  while not (WORKDIR / "checkpoints" / str(step)).exists():
+    time.sleep(0.01)
+
+def die_before_bank_is_complete(checkpoint=None):
+  rename = Path.rename
+  def patched(self, target):
+    if self.name.startswith("tmp_step_"):
+      if checkpoint:  # saved in the background
+        wait_for_checkpoint(checkpoint)
+      die(None)
+    return rename(self, target)
+  Path.rename = patched
+
+def die_in_background_of(call):
+  def watch():
+    while not list((WORKDIR / "checkpoints").glob("*tmp*")):
+      time.sleep(0.001)
+    die(call)
+  threading.Thread(target=watch, daemon=True).start()
+  call()
+  time.sleep(60)
+"""
+
+TRAIN = """
+import sys
+from pathlib import Path
+WORKDIR = Path(sys.argv[1])
+sys.path.insert(0, "launch")
+from configs.phantom import get_config
+from fairdiff_jax.data.fairseg import load, prepare
+from fairdiff_jax.synthesis.bank import make_refill
+from fairdiff_jax.training.loop import train
+
+def run(workdir, **changes):
+  config = get_config("smoke")
+  config.update_from_flattened_dict(OVERRIDES | changes)
+  prepare(config.data, WORKDIR / "data")
+  cases = load(WORKDIR / "data", "train", progress=False)
+  return train(config, workdir, cases, make_refill=make_refill)
+
+def sha(workdir):
+  return (workdir / "metrics.jsonl").read_text().split('"')[-2]
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+  return {
+    **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONPATH": str(ROOT),
+  }
+
+
+@pytest.fixture(scope="module")
+def start(environment):
+  """Starts a Python process that has `run`, `on_call` and the faults."""
+
+  def start(workdir, code):
+    script = f"OVERRIDES = {OVERRIDES!r}\n{TRAIN}\n{FAULTS}\n{code}"
+    return subprocess.run(
+      [sys.executable, "-c", script, str(workdir)],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+
+  return start
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, start):
+  """The work directory of a run that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("reference")
+  done = start(workdir, "run(WORKDIR)")
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def journal(workdir):
+  """Lines of metrics.jsonl without the throughput."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  timing = {"seconds_per_step", "cases_per_second"}
+  return [
+    {k: v for k, v in json.loads(line).items() if k not in timing}
+    for line in lines
+  ]
+
+
+def banks(workdir):
+  return {
+    path.relative_to(workdir): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in workdir.glob("bank/*/*")
+  }
+
+
+def assert_same(workdir, reference):
+  assert journal(workdir) == journal(reference)
+  assert [line["step"] for line in journal(workdir)] == [*range(1, 9), 8]
+  assert len(journal(workdir)[-1]["params_sha256"]) == 64
+  found, expected = banks(workdir), banks(reference)
+  assert found.items() <= expected.items()
+  assert Path("bank/step_00000006/cases.npz") in found
+  assert steps(workdir) == steps(reference) == {"6", "8"}
+
+
+def steps(workdir):
+  """Names of complete checkpoints."""
+  paths = (workdir / "checkpoints").glob("*")
+  return {path.name for path in paths if path.name.isdigit()}
+
+
+def copy(reference, workdir):
+  return Path(shutil.copytree(reference, workdir))
+
+
+def test_killed_again_and_again(tmp_path, start, reference):
+  killed = {
+    "in the first refill, before any checkpoint": (
+      "die_before_bank_is_complete()",
+      set(),
+    ),
+    "in a step after the checkpoint of step 3": (
+      "on_call(Journal, 'step', 5, die_once_step_3_is_saved)",
+      {"3"},
+    ),
+    "while the checkpoint of step 6 is written": (
+      "on_call(Checkpoints, 'save', 1, die_in_background_of)",
+      {"3"},
+    ),
+    "in the refill of step 6": (
+      "die_before_bank_is_complete(6)",
+      {"3", "6"},
+    ),
+  }
+  for moment, (fault, complete) in killed.items():
+    done = start(tmp_path, f"{fault}\nrun(WORKDIR)")
+    assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+    assert steps(tmp_path) == complete, moment
+  done = start(tmp_path, "run(WORKDIR)")
+  assert done.returncode == 0, done.stderr
+  assert "resuming from the checkpoint of step 6" in done.stderr
+  assert_same(tmp_path, reference)
+
+
+def test_with_one_checkpoint_its_bank_outlives_it(tmp_path, start, reference):
+  code = """
+on_call(Checkpoints, "save", 2, die_in_background_of)
+run(WORKDIR, **{"checkpoint.keep": 1})
+"""
+  done = start(tmp_path, code)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  assert steps(tmp_path) == {"3"}
+  done = start(tmp_path, "run(WORKDIR)")
+  assert done.returncode == 0, done.stderr
+  assert_same(tmp_path, reference)
+
+
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path, start, reference):
+  code = """
+on_call(Journal, "step", 5, terminate)
+assert run(WORKDIR) is None
+"""
+  done = start(tmp_path, code)
+  assert done.returncode == 0, done.stderr
+  assert (
+    "SIGTERM: stopped after step 5, saved; the same command resumes"
+    in done.stderr
+  )
+  assert steps(tmp_path) == {"3", "5"}
+  assert [line["step"] for line in journal(tmp_path)] == [1, 2, 3, 4, 5]
+  # At the last step it stops what would follow: baseline and report.
+  code = """
+on_call(Journal, "step", 3, terminate)
+assert run(WORKDIR) is None
+"""
+  done = start(tmp_path, code)
+  assert done.returncode == 0, done.stderr
+  assert "SIGTERM: stopped after step 8" in done.stderr
+  assert_same(tmp_path, reference)
+
+
+def test_damage_and_completed_run(tmp_path, start, reference):
+  """One process goes through what may lie in the directory at a start."""
+  completed = copy(reference, tmp_path / "completed")
+  truncated = copy(reference, tmp_path / "truncated")
+  for path in (truncated / "checkpoints" / "8").rglob("*"):
+    if path.is_file() and path.parent.name == "d":
+      path.write_bytes(path.read_bytes()[:100])
+  flipped = copy(reference, tmp_path / "flipped")
+  largest = max(
+    (flipped / "checkpoints" / "8" / "training").rglob("d/*"),
+    key=lambda path: path.stat().st_size,
+  )
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 3] ^= 1
+  largest.write_bytes(content)
+  code = """
+from absl import logging
+logging.set_verbosity(logging.WARNING)
+steps = []
+original = Journal.step
+Journal.step = lambda self, *args: (steps.append(0), original(self, *args))
+for name, expected in (("completed", 0), ("truncated", 2), ("flipped", 2)):
+  print(name, file=sys.stderr)
+  assert run(WORKDIR / name) is not None
+  assert len(steps) == expected, (name, steps)
+  steps.clear()
+"""
+  shutil.copytree(reference / "data", tmp_path / "data")
+  done = start(tmp_path, code)
+  assert done.returncode == 0, done.stderr
+  assert done.stderr.count("checkpoint of step 8 is damaged") == 2
+  assert done.stderr.count("resuming from the checkpoint of step 6") == 2
+  for workdir in (completed, truncated, flipped):
+    assert_same(workdir, reference)
+
+
+def test_a_step_that_is_not_finite_stops_the_run(tmp_path, start, reference):
+  shutil.copytree(reference / "data", tmp_path / "data")
+  code = """
+poison = {f"optimizer.{n}.learning_rate": 1e30 for n in ("points", "image")}
+try:
+  run(WORKDIR, **poison, **{"checkpoint.every": 1})
+except FloatingPointError as error:
+  print(error)
+"""
+  done = start(tmp_path, code)
+  assert done.returncode == 0, done.stderr
+  (dump,) = tmp_path.glob("nonfinite_step_*.json")
+  assert str(dump) in done.stdout and "not finite" in done.stdout
+  content = json.loads(dump.read_text())
+  assert content["step"] == 1  # the warm-up's first rate is 0
+  assert len(content["cases"]["generation"]) == 8
+  assert content["metrics"]["param_norm/image"] in ("nan", "inf")
+  assert {"grad_norm/image", "loss/image"} <= content["metrics"].keys()
+  assert steps(tmp_path) == {"1"}
+
+
+def test_kill_9_of_the_launch_script(tmp_path, environment, reference):
+  """From outside, as soon as a checkpoint's temporary directory is seen."""
+  command = [
+    *(sys.executable, "launch/train.py"),
+    *("--config", "configs/phantom.py:smoke", "--workdir", str(tmp_path)),
+    *(f"--config.{k}={v}" for k, v in OVERRIDES.items()),
+  ]
+  first = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + 300
+  while not list((tmp_path / "checkpoints").glob("3*tmp*")):
+    assert first.poll() is None and time.monotonic() < deadline
+    time.sleep(0.002)
+  first.kill()
+  first.wait()
+  done = subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("report: ")
+  assert_same(tmp_path, reference)
+  # Nothing but progress and our own lines: no INFO of the libraries.
+  assert " I1" not in done.stderr and "\nI" not in done.stderr
+  assert done.stderr.count("\r") < 60
