@@ -31,9 +31,7 @@ def config_hash(config: ConfigDict) -> str:
   """SHA-256 of every field that a run's result depends on."""
   fields = json.loads(to_json(config))
   fields = {k: v for k, v in fields.items() if k not in HARMLESS}
-  return hashlib.sha256(
-    json.dumps(fields, sort_keys=True).encode()
-  ).hexdigest()
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

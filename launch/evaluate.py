@@ -1,6 +1,6 @@
 """Evaluates a run from its newest checkpoint and writes its report.
 
-  python launch/evaluate.py --workdir runs/quickstart
+python launch/evaluate.py --workdir runs/quickstart
 """
 
 import cli

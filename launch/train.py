@@ -1,6 +1,6 @@
 """Trains a run and reports on it; the same command resumes it.
 
-  python launch/train.py --config configs/phantom.py --workdir runs/quickstart
+python launch/train.py --config configs/phantom.py --workdir runs/quickstart
 """
 
 import cli

@@ -43,9 +43,7 @@ def part_of(path):
 
 
 LIBRARY = [p for p in files(PACKAGE) if p.parent != ROOT / PACKAGE]
-LIBRARY += [
-  p for p in (ROOT / PACKAGE).glob("*.py") if p.name != "__init__.py"
-]
+LIBRARY += [p for p in (ROOT / PACKAGE).glob("*.py") if p.name != "__init__.py"]
 
 
 def test_every_part_has_a_place():

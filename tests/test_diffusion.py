@@ -140,7 +140,7 @@ def test_ancestral_steps_are_the_ddpm_posterior():
 def test_an_oracle_recovers_the_data(prediction, num_steps):
   schedule = make_schedule("scaled_linear", 50, 0.001, 0.05)
   x_0, eps = draw(0, 3, 4), draw(1, 3, 4)
-  x_T = add_noise(schedule, x_0, jnp.full(3, 50), eps)  # noqa: N806
+  x_T = add_noise(schedule, x_0, jnp.full(3, 50), eps)
   found = sample(
     lambda x_t, t: target(schedule, prediction, x_0, t, eps),
     x_T,
@@ -156,7 +156,7 @@ def test_an_oracle_recovers_the_data(prediction, num_steps):
 @pytest.mark.parametrize(("eta", "same"), [(0.0, True), (1.0, False)])
 def test_only_ddim_ignores_the_keys(eta, same):
   schedule = make_schedule("linear", 10)
-  x_T = draw(0, 2, 4)  # noqa: N806
+  x_T = draw(0, 2, 4)
   found = [
     sample(
       lambda x_t, t: 0.5 * x_t,

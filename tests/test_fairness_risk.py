@@ -60,9 +60,9 @@ def test_unknown_groups_belong_to_none():
   risk, count = group_risk(losses, group, weight, GROUPS)
   np.testing.assert_array_equal(risk, [1, 0, 0])
   np.testing.assert_array_equal(count, [1, 0, 0])
-  gradient = jax.grad(
-    lambda x: group_risk(x, group, weight, GROUPS)[0].sum()
-  )(losses)
+  gradient = jax.grad(lambda x: group_risk(x, group, weight, GROUPS)[0].sum())(
+    losses
+  )
   np.testing.assert_array_equal(gradient, [1, 0, 0])
 
 

@@ -156,9 +156,7 @@ def results(runs, steps, initial):
 
 
 def largest_difference(a, b):
-  differences = jax.tree.map(
-    lambda x, y: np.abs(x - y).max(initial=0), a, b
-  )
+  differences = jax.tree.map(lambda x, y: np.abs(x - y).max(initial=0), a, b)
   path, value = max(
     jax.tree_util.tree_leaves_with_path(differences), key=lambda x: x[1]
   )

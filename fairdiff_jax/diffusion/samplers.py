@@ -32,7 +32,7 @@ def example_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def sample(
   denoise: Callable[[jax.Array, jax.Array], jax.Array],
-  x_T: jax.Array,  # noqa: N803
+  x_T: jax.Array,
   keys: jax.Array,
   *,
   schedule: Schedule,
@@ -77,9 +77,7 @@ def sample(
     )
     abar = jnp.asarray(schedule.alpha_bar)
     abar_t, abar_s = abar[t], abar[s]
-    sigma = eta * jnp.sqrt(
-      (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
-    )
+    sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
     z = example_normal(
       jax.vmap(jax.random.fold_in, (0, None))(keys, t), x_t.shape[1:]
     )

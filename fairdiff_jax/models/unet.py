@@ -154,9 +154,9 @@ class Encoder(nn.Module):
           )
         )
     heads = self.num_heads if self.attention[-1] else 0
-    x = Level(self.channels[-1], 1, heads, name="middle")(
-      skips[-1], embedding
-    )[0]
+    x = Level(self.channels[-1], 1, heads, name="middle")(skips[-1], embedding)[
+      0
+    ]
     return [*skips, x]
 
 

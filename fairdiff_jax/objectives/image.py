@@ -159,9 +159,7 @@ def image_task(config, num_groups: int) -> Task:
     )
     hint = hint_image(mask) * kept[:, None, None, None]
     x_t = add_noise(schedule, x_0, t, eps)
-    output = predict(
-      variables.params, x_t, t, jnp.where(kept, group, -1), hint
-    )
+    output = predict(variables.params, x_t, t, jnp.where(kept, group, -1), hint)
     error = output - target(schedule, config.prediction, x_0, t, eps)
     x0_hat, _ = to_x0_and_eps(schedule, config.prediction, output, x_t, t)
     signal, _ = signal_and_noise(schedule, t, 1)

@@ -151,9 +151,7 @@ def joint_objective(
     metrics |= {"loss/segmenter": mean, "loss/fairness": penalty}
     for g, group_name in enumerate(objective.group_names):
       # An absent group has no risk: NaN is written as null, never averaged.
-      metrics[f"risk/{group_name}"] = jnp.where(
-        count[g] > 0, risk[g], jnp.nan
-      )
+      metrics[f"risk/{group_name}"] = jnp.where(count[g] > 0, risk[g], jnp.nan)
 
   if {"image", "segmenter"} <= set(active) and weights["agreement"]:
     part = {**batch["generation"], "image": aux["image"]["x0"]}
