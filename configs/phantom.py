@@ -28,12 +28,12 @@ def get_config(variant: str = ""):
   config.optimizer.points.learning_rate = 4e-3
   config.bank.harmonics = 2
 
-  config.train.steps = 1700
-  config.train.points = (0, 1700)
-  config.train.image = (700, 1700)
-  config.train.segmenter = (1350, 1700)
-  config.bank.every = 175
-  config.checkpoint.every = 350
+  config.train.steps = 1500
+  config.train.points = (0, 1500)
+  config.train.image = (600, 1500)
+  config.train.segmenter = (1180, 1500)
+  config.bank.every = 160
+  config.checkpoint.every = 300
   config.objective.agreement = 0.1
   config.fairness.method = "variance"
   if variant == "smoke":
