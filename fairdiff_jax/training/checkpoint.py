@@ -9,6 +9,7 @@ taken.
 """
 
 import hashlib
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ class Checkpoints:
       try:
         return step, self._load(step, wanted)
       except Exception as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
+        # Orbax prints whole trees.
+        reason = textwrap.shorten(str(error) or repr(error), 200)
         logging.warning("checkpoint of step %d is damaged: %s", step, reason)
         failures.append(f"step {step}: {reason}")
     if failures:
