@@ -28,11 +28,11 @@ def get_config(variant: str = ""):
   config.optimizer.points.learning_rate = 4e-3
   config.bank.harmonics = 2
 
-  config.train.steps = 1500
-  config.train.points = (0, 1500)
-  config.train.image = (600, 1500)
-  config.train.segmenter = (1180, 1500)
-  config.bank.every = 160
+  config.train.steps = 1450
+  config.train.points = (0, 1450)
+  config.train.image = (600, 1450)
+  config.train.segmenter = (1150, 1450)
+  config.bank.every = 150
   config.checkpoint.every = 300
   config.objective.agreement = 0.1
   config.fairness.method = "variance"
