@@ -3,12 +3,13 @@
 import os
 
 # JAX reads these once, when its backend starts. Tests compile far longer than
-# they run, so that code is not optimised.
+# they run, so that code is optimised little. (At level 0, XLA's CPU code for
+# the gradient of the point network's encoder is NaN.)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
+    "--xla_backend_optimization_level=1",
   ]
 )

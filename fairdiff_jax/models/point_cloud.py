@@ -108,7 +108,10 @@ class Posterior(nn.Module):
       # The heads' first normalisation cancels the last one's bias.
       norm = BatchNorm(self.axis_name, learn_bias=i < last, name=f"norm_{i}")
       x = norm(x, weight, train)
-    x = jnp.max(x, axis=1)
+    # The gradient of `jnp.max` compares x with its maximum, and is 0 / 0 where
+    # the compiler has computed x twice with different rounding.
+    winner = jnp.argmax(x, axis=1, keepdims=True)
+    x = jnp.take_along_axis(x, winner, axis=1)[:, 0]
     head = functools.partial(
       Head, self.head_widths, self.latent_dim, self.axis_name
     )

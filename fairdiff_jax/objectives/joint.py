@@ -86,6 +86,16 @@ def _batch_keys(key, batch, axis_name):
   return example_keys(key, start + jnp.arange(size))
 
 
+def _blank_padding(part):
+  """Zeros for examples of weight 0: whatever they hold, even NaN, is gone."""
+
+  def blank(x):
+    present = part["weight"] > 0
+    return jnp.where(present.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+  return jax.tree.map(blank, part)
+
+
 def joint_objective(
   params: dict[str, Any],
   batch_stats: dict[str, Any],
@@ -118,6 +128,7 @@ def joint_objective(
     'metrics', a flat dict of scalars.
   """
   tasks, weights = objective.tasks, objective.weights
+  batch = {name: _blank_padding(part) for name, part in batch.items()}
   total = jnp.zeros(())
   metrics, aux = {}, {}
 
