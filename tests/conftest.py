@@ -3,8 +3,8 @@
 import os
 
 # JAX reads these once, when its backend starts. Tests compile far longer than
-# they run, so that code is optimised little. (At level 0, XLA's CPU code for
-# the gradient of the point network's encoder is NaN.)
+# they run, so that code is optimised little; not at all would hide faults that
+# only optimised code has.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
