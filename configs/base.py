@@ -119,6 +119,20 @@ def base_config() -> ConfigDict:
   )
 
 
+def shrink_points(config: ConfigDict):
+  """A mask generator that learns in a thousand steps on a CPU."""
+  config.data.num_points = config.points.num_points = 128
+  config.points.latent_dim = 32
+  config.points.encoder_widths = (64, 64, 128, 128)
+  config.points.head_widths = (64, 64)
+  config.points.flow_depth = 6
+  config.points.flow_width = 64
+  config.points.decoder_widths = (64, 128, 128, 64)
+  config.points.kl_weight = 2e-3  # so that few steps fit the prior
+  config.optimizer.points.learning_rate = 4e-3
+  config.bank.harmonics = 2
+
+
 def _optimizer(learning_rate):
   return dict(
     learning_rate=learning_rate,  # peak of warm-up and cosine decay

@@ -9,7 +9,7 @@ Variants: '' (256 x 256, for accelerators), 'small' (128 x 128, so that a few
 dozen cases train on a CPU in some minutes).
 """
 
-from configs.base import base_config
+from configs.base import base_config, shrink_points
 
 
 def get_config(variant: str = ""):
@@ -31,16 +31,7 @@ def get_config(variant: str = ""):
   config.checkpoint.every = 1_000
   if variant == "small":
     config.data.size = (128, 128)
-    config.data.num_points = config.points.num_points = 128
-    config.points.latent_dim = 32
-    config.points.encoder_widths = (64, 64, 128, 128)
-    config.points.head_widths = (64, 64)
-    config.points.flow_depth = 6
-    config.points.flow_width = 64
-    config.points.decoder_widths = (64, 128, 128, 64)
-    config.points.kl_weight = 2e-3  # so that few steps fit the prior
-    config.optimizer.points.learning_rate = 4e-3
-    config.bank.harmonics = 2
+    shrink_points(config)
     config.image.channels = (48, 64)
     config.image.attention = (False, True)
     config.image.num_blocks = 1

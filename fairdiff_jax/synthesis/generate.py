@@ -6,6 +6,7 @@ alone, not of the cases beside it.
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,10 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.objectives.joint import Objective
-from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.synthesis.audit import mask_fault
+from fairdiff_jax.training.checkpoint import network
 from fairdiff_jax.training.loop import Setup
-from fairdiff_jax.training.mesh import put_batch, to_host
+from fairdiff_jax.training.mesh import map_batch
 
 
 class Generated(NamedTuple):
@@ -48,21 +49,12 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
   """
   config = run.config.bank
   shape = tuple(run.config.data.size)
-  size = -(-config.batch_size // run.mesh.size) * run.mesh.size
   draw_points, draw_images = _compiled(run.objective, run.mesh)
 
   def call(function, variables, key, number, *arrays):
-    """One padded, sharded batch; returns this host's whole copy."""
-    rows = len(number)
-    per_host = size // jax.process_count()
-    first = jax.process_index() * per_host
-
-    def pad(x):
-      x = np.concatenate([x, np.repeat(x[-1:], size - rows, axis=0)])
-      return x[first : first + per_host]
-
-    batch = put_batch([pad(np.asarray(x)) for x in (number, *arrays)], run.mesh)
-    return to_host(function(variables, key, *batch))[:rows]
+    arrays = [np.asarray(x) for x in (number, *arrays)]
+    function = partial(function, variables, key)
+    return map_batch(function, arrays, run.mesh, config.batch_size)
 
   def draw_masks(variables, base, number, group):
     """A sound mask of every case, each drawn until it is one."""
@@ -96,16 +88,14 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
     )
 
   def generate(inference, seed, number, group):
-    def variables(name):
-      fields = ("ema", "batch_stats", "frozen")
-      return Variables(*(inference[field][name] for field in fields))
-
     number, group = np.asarray(number), np.asarray(group, np.int32)
     base = jax.random.key(seed)
-    masks, attempts = draw_masks(variables("points"), base, number, group)
+    masks, attempts = draw_masks(
+      network(inference, "points"), base, number, group
+    )
     images = call(
       draw_images,
-      variables("image"),
+      network(inference, "image"),
       jax.random.fold_in(base, config.max_attempts),
       number,
       masks.astype(np.int32),

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
+from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.step import TrainState
 
@@ -30,6 +31,11 @@ def split(state: TrainState) -> dict[str, dict[str, Any]]:
   fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
   inference = {name: fields.pop(name) for name in INFERENCE}
   return {"inference": inference, "training": fields}
+
+
+def network(inference: dict[str, Any], name: str) -> Variables:
+  """A network's averaged variables from the inference part of a state."""
+  return Variables(*(inference[field][name] for field in INFERENCE))
 
 
 def join(parts: dict[str, dict[str, Any]]) -> TrainState:

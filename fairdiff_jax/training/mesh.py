@@ -1,7 +1,7 @@
 """Devices as a ('data', 'fsdp') mesh, and how arrays lie on it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -110,3 +110,35 @@ def host_slice(global_size: int) -> slice:
     )
   local = global_size // jax.process_count()
   return slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+
+
+def map_batch(
+  function: Callable[..., jax.Array],
+  arrays: Sequence[np.ndarray],
+  mesh: Mesh,
+  size: int,
+) -> np.ndarray:
+  """Calls a compiled function on at most `size` rows, spread over the mesh.
+
+  The batch is padded with its last row to `size`, rounded up to a multiple of
+  the devices, so that every call has the same shape.
+
+  Args:
+    function: batched arrays -> array, its result replicated.
+    arrays: the rows, whole on every host.
+    mesh: device mesh.
+    size: rows of a full batch.
+
+  Returns:
+    The results of the given rows, on every host.
+  """
+  rows = len(arrays[0])
+  size = -(-size // mesh.size) * mesh.size
+  per_host = size // jax.process_count()
+  first = jax.process_index() * per_host
+
+  def pad(x):
+    x = np.concatenate([x, np.repeat(x[-1:], size - rows, axis=0)])
+    return x[first : first + per_host]
+
+  return to_host(function(*put_batch([pad(x) for x in arrays], mesh)))[:rows]
