@@ -31,7 +31,7 @@ setup(
     "tqdm",
   ],
   extras_require={
-    "test": ["chex", "hypothesis", "pytest", "ruff"],
+    "test": ["chex", "hypothesis", "pytest-xdist", "ruff"],
     "parity": ["torch", "diffusers", "transformers"],
   },
 )

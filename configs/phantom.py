@@ -30,11 +30,12 @@ def get_config(variant: str = ""):
     config.data.phantom.train = 24
     config.data.phantom.test = 2
     config.points.num_steps = 10
-    config.image.channels = (8, 8)
+    config.image.channels = (8,)
+    config.image.attention = (True,)
     config.image.head_channels = 8
     config.image.hint_channels = (8,)
     config.image.sample_steps = 2
-    config.segmenter.channels = (8, 8)
+    config.segmenter.channels = (8,)
     config.data.num_points = config.points.num_points = 32
     config.points.encoder_widths = (16, 16)
     config.points.head_widths = (16, 16)

@@ -1,10 +1,15 @@
-"""Eight simulated devices, on which every test runs."""
+"""Eight simulated devices for every test, and one compilation cache.
+
+Tests compile far longer than they run. So code is optimised little (not at
+all would hide faults that only optimised code has), and what one test process
+has compiled the others read.
+"""
 
 import os
+import shutil
+import tempfile
 
-# JAX reads these once, when its backend starts. Tests compile far longer than
-# they run, so that code is optimised little; not at all would hide faults that
-# only optimised code has.
+# JAX reads these once, when its backend starts; child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
@@ -13,3 +18,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_backend_optimization_level=1",
   ]
 )
+
+
+def pytest_configure(config):
+  if not hasattr(config, "workerinput"):  # the process that starts the others
+    cache = tempfile.mkdtemp(prefix="compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))

@@ -28,7 +28,8 @@ OVERRIDES = {
   "points.num_points": 12,
   "points.num_steps": 4,
   "image.conditioning": "concat",
-  "image.attention": "(False, False)",
+  "image.attention": "(False,)",
+  "points.flow_depth": 1,
   "image.sample_steps": 1,
   "objective.agreement": 0.1,
   "train.steps": 4,
@@ -68,7 +69,6 @@ def start(workdir, processes=1, devices=2, **overrides):
     cwd=ROOT,
     env=os.environ
     | {
-      "JAX_PLATFORMS": "cpu",
       "PYTHON": sys.executable,
       "PYTHONPATH": str(ROOT),
       "XLA_FLAGS": " ".join(flags),

@@ -109,8 +109,8 @@ def train_step(
     # A young average leans on recent parameters, not on the initial ones.
     decay = jnp.minimum(ema_decay, counts[name] / (9.0 + counts[name]))
     ema[name] = optax.incremental_update(params[name], ema[name], 1 - decay)
-    metrics[f"grad_norm/{name}"] = optax.global_norm(grads[name])
-    metrics[f"param_norm/{name}"] = optax.global_norm(params[name])
+    metrics[f"grad_norm/{name}"] = optax.tree.norm(grads[name])
+    metrics[f"param_norm/{name}"] = optax.tree.norm(params[name])
   state = state.replace(
     step=state.step + 1,
     updates=counts,
