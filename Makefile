@@ -1,13 +1,15 @@
 # make quickstart   installs, trains the three networks on phantoms, reports
 # make test         installs, checks style, runs the tests
+# make study        compares the methods on phantoms, with seeds (an hour)
 # PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv
 READY := $(VENV)/ready-$(VERSION)
+TESTING := $(VENV)/testing-$(VERSION)
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart study test lint clean
 
 install: $(READY)
 
@@ -15,6 +17,10 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is $(VERSION)" if sys.version_info < (3, 11) else 0)'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(TESTING): $(READY)
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
@@ -22,7 +28,10 @@ quickstart: install
 	$(VENV)/bin/python launch/train.py --config configs/phantom.py \
 	  --workdir runs/quickstart
 
-lint: install
+study: install
+	$(VENV)/bin/python launch/study.py --workdir runs/study
+
+lint: $(TESTING)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 

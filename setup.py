@@ -31,7 +31,14 @@ setup(
     "tqdm",
   ],
   extras_require={
-    "test": ["chex", "hypothesis", "pytest-xdist", "ruff"],
+    "test": [
+      "chex",
+      "fairmedfm",
+      "hypothesis",
+      "medpy",
+      "pytest-xdist",
+      "ruff",
+    ],
     "parity": ["torch", "diffusers", "transformers"],
   },
 )

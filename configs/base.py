@@ -17,12 +17,16 @@ def base_config() -> ConfigDict:
         size=(256, 256),  # rows, columns that images are resized to
         num_points=512,  # points per cloud
         split="use",  # the csv's column, or a file listing training cases
-        attribute="race",  # sensitive attribute that defines the groups
+        attribute="race",  # sensitive attribute, or several: 'race+gender'
+        min_cases=0,  # groups with fewer training cases become one, 'Other'
+        pooled=(),  # names of those groups, found when the run starts
         augment=True,  # quarter turns, flips, rotations by up to 20 degrees
         phantom=dict(
           train=100,  # training cases, in Harvard-FairSeg's proportions
+          balanced=False,  # as many of every group instead
           test=150,  # test cases of every group
-          seed=0,  # of the phantoms
+          seed=0,  # of the training phantoms
+          test_seed=0,  # of the test phantoms
         ),
       ),
       points=dict(
@@ -71,12 +75,20 @@ def base_config() -> ConfigDict:
         agreement=0.0,  # weight of: the denoised image must show its mask
       ),
       fairness=dict(
-        method="none",  # regularizer: 'none', 'variance', 'gap', 'worst'
+        method="erm",  # or 'variance', 'gap', 'worst', 'equity', 'mmd',
+        # 'group_dro', 'febs', 'febs_published', 'adversarial'
         weight=1.0,  # lambda
         temperature=0.1,  # tau of 'worst'
+        step_size=0.01,  # eta of 'group_dro'
+        adjustment=0.0,  # C of 'group_dro'
+        gamma=1.0,  # exponent of 'febs'
+        adversary_width=64,  # hidden units of 'adversarial'
+        decay=0.9,  # of the groups' running risks
+        fill_absent=False,  # running risks stand in for absent groups
         strategy="equal_scale",  # or 'repeat_sample', 'none'
         real_share=0.5,  # least real share of each group; 0 = as published
-        group_size=0,  # N of Equal Scale; 0 = size of the largest group
+        tilt=0.0,  # of quotas to groups of high risk: share ~ risk^tilt
+        group_size=0,  # N, cases per group; 0 = as many as the largest has
       ),
       bank=dict(
         every=500,  # steps between refills from the averaged parameters
@@ -99,6 +111,7 @@ def base_config() -> ConfigDict:
         points=_optimizer(2e-3),
         image=_optimizer(2e-3),
         segmenter=_optimizer(2e-3),
+        adversary=_optimizer(2e-3),
       ),
       parallel=dict(
         compile="jit",  # or 'pmap', the compatibility switch

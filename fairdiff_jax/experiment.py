@@ -1,5 +1,6 @@
 """A whole experiment: data, joint training, baseline, report."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -7,7 +8,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from fairdiff_jax.config import data_directory
-from fairdiff_jax.data.fairseg import load, prepare
+from fairdiff_jax.data.attributes import OTHER, small_groups
+from fairdiff_jax.data.fairseg import Cases, load, prepare
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
@@ -21,9 +23,29 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
     baseline.train.steps = stop - start
     baseline.train.segmenter = (0, stop - start)
     baseline.train.points = baseline.train.image = (0, 0)
-    baseline.fairness.method = baseline.fairness.strategy = "none"
+    baseline.fairness.method = "erm"
+    baseline.fairness.strategy = "none"
     baseline.baseline = False
   return baseline
+
+
+def pool_small_groups(config: ConfigDict, cases: Cases) -> ConfigDict:
+  """Names the groups that have too few training cases in `data.pooled`."""
+  pooled = small_groups(
+    config.data.attribute, cases.attributes, config.data.min_cases
+  )
+  if not pooled:
+    return config
+  if jax.process_index() == 0:
+    print(
+      f"groups with fewer than {config.data.min_cases} training cases, pooled"
+      f" as {OTHER}: {', '.join(pooled)}",
+      file=sys.stderr,
+    )
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data.pooled = pooled
+  return config
 
 
 def _meet(name: str):
@@ -50,6 +72,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
       prepare(config.data, directory)
     _meet("data")
   cases = load(directory, "train")
+  config = pool_small_groups(config, cases)
   if train(config, workdir, cases, make_refill=make_refill) is None:
     return False
   if config.baseline:

@@ -1,7 +1,7 @@
 """Times the joint train step for several values of a config field.
 
   python launch/benchmark.py --config configs/phantom.py \
-    --field fairness.method --values none,variance
+    --field fairness.method --values erm,variance
 
 All variants take turns in one process, so that their ratios hold on a noisy
 machine; the ratio is that of each round's times, its median and quartiles.
@@ -17,12 +17,11 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from fairdiff_jax.data import statistics
-from fairdiff_jax.objectives.joint import NETWORKS
 from fairdiff_jax.training.loop import make_step, setup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
 FIELD = flags.DEFINE_string("field", "fairness.method", "Field to vary.")
-VALUES = flags.DEFINE_list("values", ["none", "variance"], "Its values.")
+VALUES = flags.DEFINE_list("values", ["erm", "variance"], "Its values.")
 ROUNDS = flags.DEFINE_integer("rounds", 40, "Rounds; each times every value.")
 STEPS = flags.DEFINE_integer("steps", 5, "Steps per value and round.")
 flags.mark_flag_as_required("config")
@@ -60,8 +59,8 @@ def main(_):
     num_groups = len(run.objective.group_names)
     batch = random_batch(config, num_groups)
     stats = jax.tree.map(np.ones_like, statistics.shapes(num_groups))
-    states[value] = run.init(stats)
-    steps[value] = make_step(run, NETWORKS)
+    states[value] = run.init(stats, np.ones(num_groups, np.float32))
+    steps[value] = make_step(run, tuple(run.objective.tasks))
     states[value], _ = steps[value](states[value], batch)
   seconds = {value: [] for value in VALUES.value}
   for number in tqdm(range(ROUNDS.value), unit="round"):

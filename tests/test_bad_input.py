@@ -41,7 +41,7 @@ def make_cases(groups=(0, 1, 2)):
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("data.attribute", "rase", "unknown data.attribute 'rase'.*race, gender"),
+    ("data.attribute", "rase", "No attribute 'rase'. Did you mean 'race'"),
     ("fairness.method", "varience", "unknown fairness method.*variance"),
     ("image.conditioning", "cross", "unknown image conditioning.*controlnet"),
     ("image.schedule", "cosin", "unknown schedule 'cosin'.*cosine"),

@@ -33,7 +33,8 @@ def save_initial(config, workdir, cases):
     3,
     intensity_prior=config.image.intensity_prior,
   )
-  state = run.init({name: stats[name] for name in run.objective.tasks})
+  stats = {name: stats[name] for name in run.objective.tasks}
+  state = run.init(stats, np.ones(3, np.float32))
   checkpoints = Checkpoints(workdir)
   checkpoints.save(state, facts={})
   checkpoints.close()

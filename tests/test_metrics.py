@@ -15,13 +15,19 @@ from fairdiff_jax.fairness import metrics
 LABEL = np.array([[[0, 1, 1, 0], [1, 2, 2, 1], [0, 1, 1, 0]]])
 PREDICTION = np.array([[[0, 1, 1, 0], [1, 1, 2, 2], [0, 0, 1, 0]]])
 CLASSES = (metrics.RIM, metrics.CUP, metrics.DISC)
-MEASURES = (metrics.dice, metrics.iou, metrics.hd95)
+MEASURES = (metrics.dice, metrics.iou, metrics.hd95, metrics.boundary_dice)
 
-masks = hnp.arrays(np.uint8, (2, 7, 9), elements=st.integers(0, 2))
+sides = st.integers(1, 9)
+# A label [2, H, W] and a prediction.
+pairs = hnp.arrays(
+  np.uint8,
+  st.tuples(st.just(2), st.just(2), sides, sides),
+  elements=st.integers(0, 2),
+)
 
 
-def brute_force_hd95(a, b):
-  """MedPy's definition with loops over pixels and all pairwise distances."""
+def brute_force_distances(a, b):
+  """Surface distances, pooled, with loops and all pairwise distances."""
 
   def surface(mask):
     padded = np.pad(mask, 1)
@@ -40,7 +46,7 @@ def brute_force_hd95(a, b):
 
   p, q = surface(a), surface(b)
   pairs = np.hypot(*(p[:, None] - q[None]).transpose(2, 0, 1))
-  return np.percentile(np.concatenate([pairs.min(1), pairs.min(0)]), 95)
+  return np.concatenate([pairs.min(1), pairs.min(0)])
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,36 @@ def test_cup_to_disc_error_by_hand():
   empty = np.zeros_like(LABEL)
   assert np.isnan(metrics.cup_to_disc_error(LABEL, empty)).all()
   assert np.isnan(metrics.cup_to_disc_error(empty, LABEL)).all()
+  with pytest.raises(ValueError, match="diagonal"):
+    metrics.cup_to_disc_error(LABEL, LABEL, kind="diagonal")
+
+
+def test_vertical_cup_to_disc_error_by_hand():
+  columns = [
+    [0, 1, 2, 1, 1],  # 1 / 4
+    [1, 2, 1, 2, 0],  # 3 / 4: a gap counts
+    [1, 1, 0, 0, 0],  # 0 / 2
+  ]
+  masks = np.zeros((3, 5, 4), int)
+  masks[:, :, 2] = columns
+  error = metrics.cup_to_disc_error(masks, masks[[1, 2, 0]], kind="vertical")
+  assert error == pytest.approx([0.5, 0.75, 0.25])
+  empty = np.zeros_like(masks)
+  for pair in ((masks, empty), (empty, masks)):
+    assert np.isnan(metrics.cup_to_disc_error(*pair, kind="vertical")).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs)
+def test_vertical_cup_to_disc_error_is_that_of_the_rows(pair):
+  def ratio(mask):
+    rows = [np.flatnonzero((mask >= c).any(1)) for c in (2, 1)]
+    cup, disc = (np.ptp(r) + 1 if len(r) else 0 for r in rows)
+    return cup / disc if disc else np.nan
+
+  expected = [abs(ratio(a) - ratio(b)) for a, b in zip(*pair, strict=True)]
+  error = metrics.cup_to_disc_error(*pair, kind="vertical")
+  np.testing.assert_allclose(error, expected)
 
 
 @pytest.mark.parametrize("measure", [metrics.dice, metrics.iou])
@@ -79,17 +115,24 @@ def test_empty_policies(measure):
     measure(label, prediction, 1, empty="sane")
 
 
-def test_shapes_are_checked():
-  for measure in MEASURES:
-    with pytest.raises(ValueError, match=r"\[n, H, W\]"):
-      measure(LABEL, PREDICTION[:, :2], 1)
-    with pytest.raises(ValueError, match=r"\[n, H, W\]"):
-      measure(LABEL[0], PREDICTION[0], 1)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_shapes_are_checked(measure):
+  with pytest.raises(ValueError, match=r"\[n, H, W\]"):
+    measure(LABEL, PREDICTION[:, :2], 1)
+  with pytest.raises(ValueError, match=r"\[n, H, W\]"):
+    measure(LABEL[0], PREDICTION[0], 1)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_no_cases(measure):
+  assert measure(LABEL[:0], PREDICTION[:0], 1).shape == (0,)
+  assert metrics.cup_to_disc_error(LABEL[:0], PREDICTION[:0]).shape == (0,)
 
 
 @settings(max_examples=60, deadline=None)
-@given(masks, masks)
-def test_properties(label, prediction):
+@given(pairs)
+def test_properties(pair):
+  label, prediction = pair
   for cls in CLASSES:
     dice = metrics.dice(label, prediction, cls)
     iou = metrics.iou(label, prediction, cls)
@@ -102,27 +145,57 @@ def test_properties(label, prediction):
     present = np.isin(label, cls).any((1, 2))
     assert (metrics.dice(label, label, cls)[present] == 1).all()
     assert (metrics.hd95(label, label, cls)[present] == 0).all()
+    assert (metrics.boundary_dice(label, label, cls, 0)[present] == 1).all()
 
 
 @settings(max_examples=60, deadline=None)
-@given(masks, masks)
-def test_hd95_is_the_brute_force_one(label, prediction):
+@given(pairs, st.floats(0, 12))
+def test_surface_measures_are_the_brute_force_ones(pair, tolerance):
   for cls in CLASSES:
-    value = metrics.hd95(label, prediction, cls)
-    for i, (a, b) in enumerate(
-      zip(np.isin(label, cls), np.isin(prediction, cls), strict=True)
-    ):
+    hd95 = metrics.hd95(*pair, cls)
+    boundary_dice = metrics.boundary_dice(*pair, cls, tolerance)
+    for i, (a, b) in enumerate(zip(*np.isin(pair, cls), strict=True)):
       if a.any() and b.any():
-        assert value[i] == pytest.approx(brute_force_hd95(a, b))
+        distances = brute_force_distances(a, b)
+        assert hd95[i] == pytest.approx(np.percentile(distances, 95))
+        assert boundary_dice[i] == pytest.approx(
+          (distances <= tolerance).mean()
+        )
       else:
-        assert math.isnan(value[i])
+        assert math.isnan(hd95[i])
 
 
-def test_hd95_of_shifted_squares():
+@settings(max_examples=60, deadline=None)
+@given(pairs)
+def test_boundary_dice_grows_with_the_tolerance(pair):
+  present = (pair > 0).any((2, 3)).all(0)
+  values = [
+    metrics.boundary_dice(*pair, metrics.DISC, t) for t in (0, 1, 2, 12)
+  ]
+  assert (np.diff(values, axis=0)[:, present] >= 0).all()
+  assert (values[-1][present] == 1).all()
+
+
+def test_boundary_dice_without_the_class():
+  label = np.array([[[1]], [[1]], [[0]], [[0]]])
+  np.testing.assert_array_equal(
+    metrics.boundary_dice(label, label[[0, 2, 0, 2]], 1, 9), [1, 0, 0, np.nan]
+  )
+  with pytest.raises(ValueError, match="tolerance"):
+    metrics.boundary_dice(label, label, 1, -1)
+
+
+def test_surface_measures_of_shifted_squares():
   label, prediction = np.zeros((2, 1, 40, 40), int)
   label[0, 5:15, 5:15] = 1
   prediction[0, 5:15, 9:19] = 1
   assert metrics.hd95(label, prediction, 1) == [4]
+  # 36 surface pixels each. At 0, 6 columns of the two horizontal edges agree;
+  # at 2, 8 columns, and 2 pixels at both ends of the vertical edge within.
+  for tolerance, agree in ((0, 12), (2, 20), (4, 36)):
+    assert metrics.boundary_dice(
+      label, prediction, 1, tolerance
+    ) == pytest.approx([agree / 36])
 
 
 def test_equity_scaling_by_hand():
@@ -164,6 +237,8 @@ def test_summarize():
   assert result["groups"]["C"]["n"] == 0
   assert math.isnan(result["groups"]["C"]["mean"])
   assert result["gap"] == pytest.approx(0.3)
+  assert result["ratio"] == pytest.approx(0.6 / 0.9)
+  assert result["std"] == pytest.approx(0.3 / math.sqrt(2))
   assert result["worst"] == "A"
   assert result["es"] == pytest.approx(
     metrics.equity_scaled([0.6, 0.9], result["overall"])
@@ -171,6 +246,10 @@ def test_summarize():
   order = np.random.default_rng(0).permutation(5)
   shuffled = metrics.summarize(values[order], group[order], ["A", "B", "C"])
   assert shuffled["es"] == pytest.approx(result["es"])
+  by_sum = metrics.summarize(
+    values, group, ["A", "B", "C"], definition="fairseg_sum"
+  )
+  assert by_sum["es"] == pytest.approx(0.55 / (1 + 0.05 + 0.35))
 
 
 def test_summarize_where_less_is_better():
@@ -179,6 +258,8 @@ def test_summarize_where_less_is_better():
   )
   assert result["worst"] == "B"
   assert result["gap"] == 3
+  assert result["ratio"] == 0.25
+  assert result["std"] == pytest.approx(3 / math.sqrt(2))
   assert "es" not in result
 
 
@@ -186,7 +267,33 @@ def test_summarize_without_groups():
   result = metrics.summarize(np.array([0.4, 0.6]), np.array([-1, -1]), ["A"])
   assert result["overall"] == result["es"] == pytest.approx(0.5)
   assert result["worst"] is None
-  assert math.isnan(result["gap"])
+  for key in ("gap", "ratio", "std"):
+    assert math.isnan(result[key])
+
+
+def test_summarize_of_one_group_and_of_zeros():
+  one = metrics.summarize(np.array([0.4, 0.6]), np.array([0, -1]), ["A"])
+  assert (one["gap"], one["ratio"]) == (0, 1)
+  assert math.isnan(one["std"])
+  zeros = metrics.summarize(np.zeros(2), np.array([0, 1]), ["A", "B"])
+  assert (zeros["gap"], zeros["ratio"], zeros["std"]) == (0, 1, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.booleans())
+def test_spread_of_the_groups(values, lower_is_better):
+  names = [str(g) for g in range(len(values))]
+  result = metrics.summarize(
+    np.array(values),
+    np.arange(len(values)),
+    names,
+    lower_is_better=lower_is_better,
+  )
+  worst = values[names.index(result["worst"])]
+  assert worst == (max(values) if lower_is_better else min(values))
+  assert result["std"] <= result["gap"] + 1e-12
+  assert 0 <= result["ratio"] <= 1
+  assert result["ratio"] * max(values) == pytest.approx(min(values))
 
 
 @pytest.mark.parametrize("group", [[0, 2], [-2, 0], [0]])

@@ -42,21 +42,36 @@ def test_repeat_to_spreads_evenly():
   ],
 )
 def test_synthetic_quota_by_hand(size, share, quota):
-  found = mixture.synthetic_quota(GROUP, 3, size=size, real_share=share)
+  found = mixture.synthetic_quota(
+    GROUP, mixture.group_sizes(GROUP, 3, size=size), share
+  )
   np.testing.assert_array_equal(found, quota)
 
 
 def test_real_share_is_checked():
   with pytest.raises(ValueError, match=r"real_share=1\.5"):
-    mixture.synthetic_quota(GROUP, 3, real_share=1.5)
+    mixture.synthetic_quota(GROUP, np.full(3, 6), real_share=1.5)
+
+
+def test_sizes_tilt_to_high_risk():
+  risk = np.array([0.4, 0.1, 0.2])
+  found = mixture.group_sizes(GROUP, 3, size=70, risk=risk, tilt=1)
+  np.testing.assert_array_equal(found, [120, 30, 60])
+  np.testing.assert_array_equal(
+    mixture.synthetic_quota(GROUP, found, 0.5), [60, 15, 30]
+  )
+  unknown = np.array([0.4, 0, 0.2])
+  for known, tilt in ((None, 1), (risk, 0), (unknown, 1)):
+    found = mixture.group_sizes(GROUP, 3, risk=known, tilt=tilt)
+    np.testing.assert_array_equal(found, [6, 6, 6])
 
 
 def test_training_pools_by_hand():
   synthetic = np.array([0] * 3 + [2] * 3)
 
-  def pool(strategy, synthetic, **options):
+  def pool(strategy, synthetic, size=6):
     return mixture.training_pool(
-      rng(), strategy, GROUP, synthetic, NAMES, **options
+      rng(), strategy, GROUP, synthetic, NAMES, np.full(3, size)
     )
 
   np.testing.assert_array_equal(pool("none", synthetic), np.arange(12))
@@ -80,10 +95,12 @@ def test_training_pools_by_hand():
 
 def test_training_pool_errors():
   with pytest.raises(ValueError, match="unknown data strategy 'smote'"):
-    mixture.training_pool(rng(), "smote", GROUP, GROUP[:0], NAMES)
+    mixture.training_pool(rng(), "smote", GROUP, GROUP[:0], NAMES, [6] * 3)
   with pytest.raises(ValueError, match="group D has no training case"):
     names = (*NAMES, "D")
-    mixture.training_pool(rng(), "repeat_sample", GROUP, GROUP[:0], names)
+    mixture.training_pool(
+      rng(), "repeat_sample", GROUP, GROUP[:0], names, [6] * 4
+    )
 
 
 def test_powered_pool_between_as_is_and_balanced():

@@ -1,5 +1,7 @@
 """Risks of the three networks and their sum, against float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,22 +11,20 @@ from configs.phantom import get_config
 from fairdiff_jax.data import statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.diffusion.samplers import example_keys
+from fairdiff_jax.fairness.risk import RunningRisk
 from fairdiff_jax.objectives.image import (
   HINT_COLORS,
   blur,
   hint_image,
   intensity_prior,
 )
-from fairdiff_jax.objectives.joint import (
-  NETWORKS,
-  joint_objective,
-  make_objective,
-)
-from fairdiff_jax.objectives.segmentation import segmentation_loss
+from fairdiff_jax.objectives.joint import joint_objective, make_objective
+from fairdiff_jax.objectives.segmentation import cross_entropy, dice_terms
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.optimizer import make_optimizer
 from fairdiff_jax.training.step import init_state, train_step
 
+NETWORKS = ("points", "image", "segmenter")
 GROUPS = ("A", "B", "C")
 BATCH, SIZE, POINTS = 6, 16, 10
 
@@ -73,7 +73,7 @@ def make_batch(seed=0):
 
 @pytest.fixture(scope="module")
 def objective():
-  return make_objective(make_config(), GROUPS)
+  return make_objective(make_config(), GROUPS, NETWORKS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,11 @@ def state(objective, optimizer):
   stats = statistics.compute(make_cases(), GROUP, 3, intensity_prior=True)
   state = jax.jit(
     lambda: init_state(
-      jax.random.key(0), stats, objective=objective, optimizer=optimizer
+      jax.random.key(0),
+      stats,
+      jnp.ones(3),
+      objective=objective,
+      optimizer=optimizer,
     )
   )()
   # Zero-initialised layers would hide what depends on the condition.
@@ -128,28 +132,22 @@ def test_segmentation_loss_matches_numpy():
   label[3] = 0  # without rim and cup
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   y = np.eye(3)[label]
-  cross_entropy = -np.log((p * y).sum(-1)).mean((1, 2))
+  expected_cross_entropy = -np.log((p * y).sum(-1)).mean((1, 2))
   intersection = (p * y).sum((1, 2))
   sizes = (p**2).sum((1, 2)) + (y**2).sum((1, 2))
   dice = (1 - (2 * intersection + 1e-5) / (sizes + 1e-5)).mean(-1)
-  found = segmentation_loss(
-    jnp.asarray(logits, jnp.float32),
-    jnp.asarray(label),
-    cross_entropy_weight=0.4,
-    dice_weight=0.6,
+  logits, label = jnp.asarray(logits, jnp.float32), jnp.asarray(label)
+  np.testing.assert_allclose(
+    cross_entropy(logits, label), expected_cross_entropy, rtol=1e-5
   )
-  np.testing.assert_allclose(found, 0.4 * cross_entropy + 0.6 * dice, rtol=1e-5)
+  np.testing.assert_allclose(dice_terms(logits, label).loss(), dice, rtol=1e-5)
 
 
 def test_perfect_segmentation_costs_nothing():
   label = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 8, 8)))
-  loss = segmentation_loss(
-    100.0 * jax.nn.one_hot(label, 3),
-    label,
-    cross_entropy_weight=1,
-    dice_weight=1,
-  )
-  np.testing.assert_allclose(loss, 0, atol=1e-5)
+  logits = 100.0 * jax.nn.one_hot(label, 3)
+  np.testing.assert_allclose(cross_entropy(logits, label), 0, atol=1e-5)
+  np.testing.assert_allclose(dice_terms(logits, label).loss(), 0, atol=1e-5)
 
 
 def test_hints_are_white_red_blue():
@@ -253,7 +251,7 @@ def test_dropout_hides_the_mask(state, dropout):
 def test_unknown_conditioning():
   config = make_config(**{"image.conditioning": "film"})
   with pytest.raises(ValueError, match="unknown image conditioning 'film'"):
-    make_objective(config, GROUPS)
+    make_objective(config, GROUPS, NETWORKS)
 
 
 def test_samples_have_the_data_s_shape_and_range(objective, state):
@@ -334,6 +332,67 @@ def test_the_objective_is_the_documented_sum(joint, objective, state, risks):
   assert metrics["loss/total"] == float(total)
 
 
+def test_the_adversary_is_fought_by_the_segmenter_alone(state):
+  """Its own gradient descends, the segmenter's ascends with weight lambda."""
+  names, batch, grads = ("segmenter", "adversary"), make_batch(), {}
+  for weight in (0.0, 0.5, 2.0):
+    config = make_config(
+      **{"fairness.method": "adversarial", "fairness.weight": weight}
+    )
+    objective = make_objective(config, GROUPS, names)
+    params, _ = objective.tasks["adversary"].init(jax.random.key(1))
+    params = {"segmenter": state.params["segmenter"], "adversary": params}
+
+    def function(params, objective=objective):
+      return joint_objective(
+        params,
+        {name: {} for name in names},
+        {name: {} for name in names},
+        state.fairness,
+        batch,
+        jax.random.key(5),
+        objective=objective,
+        active=names,
+      )
+
+    grads[weight], aux = jax.jit(jax.grad(function, has_aux=True))(params)
+    assert 0.5 < float(aux["metrics"]["loss/adversary"]) < 3  # about log 3
+  close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+  jax.tree.map(close, grads[0.0]["adversary"], grads[2.0]["adversary"])
+  change = {
+    w: jax.tree.map(jnp.subtract, g["segmenter"], grads[0.0]["segmenter"])
+    for w, g in grads.items()
+  }
+  jax.tree.map(lambda a, b: close(4 * a, b), change[0.5], change[2.0])
+  assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(change[2.0])) > 0
+
+
+def test_running_risks_stand_in_for_absent_groups(state):
+  """With group B remembered at a high risk, the gap reaches to it."""
+  found = {}
+  for fill in (False, True):
+    config = make_config(**{"fairness.fill_absent": fill})
+    objective = make_objective(config, GROUPS, ("segmenter",))
+    running = RunningRisk.start(3).update(jnp.full(3, 9.0), jnp.ones(3), 0.9)
+    _, aux = joint_objective(
+      state.params,
+      state.batch_stats,
+      state.frozen,
+      state.fairness.replace(running=running),
+      make_batch(),
+      jax.random.key(5),
+      objective=objective,
+      active=("segmenter",),
+    )
+    metrics = aux["metrics"]
+    found[fill] = float(metrics["loss/fairness"])
+    lowest = min(float(metrics["risk/A"]), float(metrics["risk/C"]))
+    assert aux["fairness"].running.risk[1] == pytest.approx(9)
+    assert (aux["fairness"].running.risk[::2] < 9).all()
+  assert found[True] == pytest.approx(9 - lowest, rel=1e-5)
+  assert found[False] < 9 - lowest
+
+
 def test_agreement_teaches_only_the_image_generator(state):
   """The segmenter's gradient is the same with and without agreement."""
   batch, grads = make_batch(), {}
@@ -347,7 +406,7 @@ def test_agreement_teaches_only_the_image_generator(state):
         params,
         state.batch_stats,
         state.frozen,
-        (),
+        state.fairness,
         batch,
         jax.random.key(5),
         objective=objective,

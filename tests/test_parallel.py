@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.phantom import get_config
 from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
-from fairdiff_jax.objectives.joint import NETWORKS
+from fairdiff_jax.objectives.joint import NETWORKS, init_fairness
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import Checkpoints, join, split
 from fairdiff_jax.training.loop import make_step, setup
@@ -22,7 +22,7 @@ from fairdiff_jax.training.mesh import (
 )
 from fairdiff_jax.training.step import compile_step
 
-METHODS = ("none", "variance", "gap", "worst")
+METHODS = ("erm", "variance", "worst", "mmd", "group_dro", "febs")
 STEPS, BATCH, SIZE, GROUPS = 5, 16, 16, 3
 TOLERANCE = 1e-5
 
@@ -39,27 +39,48 @@ def tiny_config(**changes):
   return config.lock()
 
 
-def selecting_regularizer(method=0):
-  """All penalties in one compiled step; the state, one-hot, picks one."""
-  penalties = [make_regularizer(name).penalty for name in METHODS]
+def selecting_regularizer(config):
+  """Some methods in one compiled step; the state, one-hot, picks one."""
+  methods = {}
+  for name in METHODS:
+    config = config.copy_and_resolve_references().unlock()
+    config.fairness.method = name
+    methods[name] = make_regularizer(config.fairness, dice_weight=0.5)
 
-  def penalty(risk, count, state):
-    values = jnp.stack([p(risk, count, ())[0] for p in penalties])
-    return values @ state, state
+  def init(num_cases):
+    states = {name: method.init(num_cases) for name, method in methods.items()}
+    return {"choice": jnp.zeros(len(METHODS)), "states": states}
 
-  return Regularizer(lambda num_groups: jax.nn.one_hot(method, 4), penalty)
+  def penalty(evidence, state):
+    values, states = [], {}
+    for name, method in methods.items():
+      value, states[name] = method.penalty(evidence, state["states"][name])
+      values.append(value)
+    return jnp.stack(values) @ state["choice"], state | {"states": states}
+
+  return Regularizer(init, penalty)
 
 
 def make_run(count, **parallel):
-  """The tiny run on the first `count` devices, with all regularizers."""
-  config = tiny_config(**{f"parallel.{k}": v for k, v in parallel.items()})
+  """The tiny run on the first `count` devices, with several methods.
+
+  An adversary is always there: how strongly it is fought is the same for all.
+  """
+  config = tiny_config(
+    **{f"parallel.{k}": v for k, v in parallel.items()},
+    **{"fairness.method": "adversarial", "fairness.step_size": 0.5},
+  )
   run = setup(config, jax.devices()[:count])
-  choice = jax.ShapeDtypeStruct(
-    (4,), jnp.float32, sharding=NamedSharding(run.mesh, PartitionSpec())
+  objective = run.objective._replace(regularizer=selecting_regularizer(config))
+  whole = NamedSharding(run.mesh, PartitionSpec())
+  fairness = jax.eval_shape(
+    partial(init_fairness, objective), jnp.zeros(GROUPS)
+  )
+  fairness = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), fairness
   )
   return run._replace(
-    objective=run.objective._replace(regularizer=selecting_regularizer()),
-    abstract=run.abstract.replace(fairness=choice),
+    objective=objective, abstract=run.abstract.replace(fairness=fairness)
   )
 
 
@@ -91,8 +112,9 @@ def initial(runs):
       "scale": rng.uniform(0.2, 0.8, GROUPS + 1).astype(np.float32),
     },
     "segmenter": {},
+    "adversary": {},
   }
-  state = to_host(runs["one"].init(statistics))
+  state = to_host(runs["one"].init(statistics, np.float32([9, 15, 76])))
   # Behind layers that start at zero, gradients would be rounding noise.
   params = jax.tree.map(
     lambda x: x + 0.02 * rng.normal(size=x.shape).astype(np.float32),
@@ -101,8 +123,17 @@ def initial(runs):
   return state.replace(
     params=params,
     ema=jax.tree.map(np.copy, params),
-    fairness=np.zeros(4, np.float32),
+    fairness=to_host(
+      init_fairness(runs["one"].objective, np.float32([9, 15, 76]))
+    ),
   )
+
+
+def choose(state, method):
+  choice = np.eye(len(METHODS), dtype=np.float32)[METHODS.index(method)]
+  fairness = state.fairness
+  method = fairness.method | {"choice": choice}
+  return state.replace(fairness=fairness.replace(method=method))
 
 
 def on(run, state):
@@ -155,8 +186,7 @@ def results(runs, steps, initial):
 
   def result(layout, method):
     if (layout, method) not in known:
-      choice = np.eye(4, dtype=np.float32)[METHODS.index(method)]
-      state = on(runs[layout], initial.replace(fairness=choice))
+      state = on(runs[layout], choose(initial, method))
       batches = [make_batch(i) for i in range(STEPS)]
       known[layout, method] = train(steps[layout], state, batches)
     return known[layout, method]
@@ -183,17 +213,17 @@ def test_eight_devices_compute_what_one_does(results, initial, method, layout):
       assert found[key] == pytest.approx(
         value, rel=TOLERANCE, abs=TOLERANCE, nan_ok=key.startswith("risk/")
       ), key
-  for field in ("params", "ema", "batch_stats"):
+  for field in ("params", "ema", "batch_stats", "fairness"):
     worst = largest_difference(getattr(state, field), getattr(expected, field))
     assert worst[0] < TOLERANCE, worst
   moved = largest_difference(expected.params, initial.params)
   assert moved[0] > 100 * TOLERANCE
 
 
-def test_regularizers_differ(results):
+def test_methods_differ(results):
   found = [results("one", m)[1][-1]["loss/fairness"] for m in METHODS]
-  assert found[0] == 0 and min(found[1:]) > 1e-5
-  assert len(set(found)) == 4
+  assert found[0] == 0 and min(map(abs, found[1:])) > 1e-5
+  assert len(set(found)) == len(METHODS)
 
 
 def test_every_parameter_learns(results, initial):
@@ -216,11 +246,10 @@ def test_every_parameter_learns(results, initial):
 
 
 def test_padding_changes_nothing(runs, steps, initial):
-  choice = np.eye(4, dtype=np.float32)[1]
   found = [
     train(
       steps["one"],
-      on(runs["one"], initial.replace(fairness=choice)),
+      on(runs["one"], choose(initial, "variance")),
       [make_batch(i, garbage) for i in range(2)],
     )
     for garbage in (0, 99)
@@ -240,7 +269,7 @@ def test_parameters_are_sharded(runs, initial):
 
 
 def test_checkpoints_move_between_meshes(runs, results, tmp_path):
-  expected, _ = results("jit", "gap")
+  expected, _ = results("jit", "group_dro")
   state = on(runs["jit"], expected)
   for i, layout in enumerate(("one", "jit", "pmap")):
     checkpoints = Checkpoints(tmp_path / str(i))

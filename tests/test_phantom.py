@@ -165,12 +165,22 @@ def test_csv_agrees_with_the_files(written):
 
 
 def test_a_case_depends_on_seed_and_number_only(written):
-  with np.load(written / "data_00007.npz") as case:
-    image, mask = phantom.generate(
-      np.random.default_rng([6, 7]), int(case["race"])
-    )
-    np.testing.assert_array_equal(case["slo_fundus"], image)
-    np.testing.assert_array_equal(-case["disc_cup_mask"], mask)
+  # Nine test cases, of test seed 0, come first; training has seed 6.
+  for number, seed in ((7, 0), (12, 6)):
+    with np.load(written / f"data_{number:05d}.npz") as case:
+      rng = np.random.default_rng([seed, number])
+      image, mask = phantom.generate(rng, int(case["race"]))
+      np.testing.assert_array_equal(case["slo_fundus"], image)
+      np.testing.assert_array_equal(-case["disc_cup_mask"], mask)
+
+
+def test_balanced_training_cases(tmp_path):
+  phantom.write(tmp_path, train=9, test=1, balanced=True, progress=False)
+  rows = (tmp_path / "data_summary.csv").read_text()
+  for race in ATTRIBUTES["race"]:
+    assert rows.count(f",{race.lower()},") == 3 + 1
+  with pytest.raises(ValueError, match="10 training cases cannot be split"):
+    phantom.write(tmp_path / "b", train=10, test=0, balanced=True)
 
 
 def test_a_directory_in_use_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ OVERRIDES = {
   "bank.every": 2,
   "bank.max_attempts": 50,
   "checkpoint.every": 2,
+  "fairness.method": "group_dro",
+  "fairness.tilt": 1.0,
   "evaluation.synthetic_per_group": 1,
   "baseline": False,
   # The full learning rate at once: what could drift does.
@@ -166,8 +169,64 @@ def test_a_stopped_cluster_resumes(alone, tmp_path):
   assert_same_run(tmp_path, alone)
 
 
+METHODS_SCRIPT = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+process = int(sys.argv[1])
+jax.distributed.initialize(sys.argv[2], 2, process)
+from fairdiff_jax.training.mesh import make_mesh, put_batch, to_host
+from tests.test_fairness_methods import (
+  METHODS, assert_close, build, earlier_state, everything, make_batch,
+)
+
+with jax.default_device(jax.local_devices()[0]):
+  states = {name: earlier_state(build(name)) for name in METHODS}
+states = jax.tree.map(np.asarray, states)
+mesh = make_mesh()
+whole = NamedSharding(mesh, PartitionSpec())
+compute = jax.jit(everything(), out_shardings=whole)
+for seed in range(5):
+  batch = make_batch(seed)
+  batch["weight"][4 * seed % 16 :][:4] = 0  # shards without a case
+  half = {k: v[8 * process :][:8] for k, v in batch.items()}
+  found = to_host(compute(put_batch(half, mesh), states))
+  with jax.default_device(jax.local_devices()[0]):
+    assert_close(found, jax.jit(everything())(batch, states))
+print("equal")
+"""
+
+
+def test_methods_of_two_processes_equal_one(tmp_path):
+  """Values, states and gradients of every method."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  environment = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", METHODS_SCRIPT, str(i), address],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      start_new_session=True,
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    code, output = finish(process)
+    assert code == 0 and output.endswith("equal\n"), output
+
+
 def test_one_failing_process_stops_the_others(tmp_path):
   process = start(tmp_path, processes=2, **{"data.attribute": "income"})
   code, output = finish(process)
   assert code != 0
-  assert "unknown data.attribute 'income'" in output
+  assert "No attribute 'income'" in output

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fairdiff_jax.evaluation import report, segmentation
-from fairdiff_jax.fairness import metrics
+from fairdiff_jax.fairness import metrics, uncertainty
 
 GROUPS = ("Asian", "Black", "White")
 EVIL = '<script src="//x">&"$a$'
@@ -143,18 +143,40 @@ def test_summary_equals_direct_computation(written, case):
       )
   ours, baseline = (result["models"][m]["cup"]["dice"] for m in ("Ours", EVIL))
   difference = result["difference"]["cup"]["dice"]
-  assert difference["es"] == pytest.approx(ours["es"] - baseline["es"])
-  assert difference["worst"] == pytest.approx(
+  assert difference["es"]["difference"] == pytest.approx(
+    ours["es"] - baseline["es"]
+  )
+  assert difference["worst"]["difference"] == pytest.approx(
     min(g["mean"] for g in ours["groups"].values())
     - min(g["mean"] for g in baseline["groups"].values())
   )
 
 
+def test_intervals_are_those_of_uncertainty(written, case):
+  _, result = written
+  ours, baseline = (
+    metrics.dice(case["label"], case[key], metrics.CUP)
+    for key in ("prediction", "worse")
+  )
+  expected = uncertainty.intervals(ours, case["group"], GROUPS)
+  interval = result["models"]["Ours"]["cup"]["dice"]["interval"]
+  assert interval["gap"] == list(expected["gap"])
+  assert interval["groups"]["Black"] == list(expected["groups"]["Black"])
+  assert interval["few"] == ["Asian", "Black"]
+  assert "es" not in result["models"]["Ours"]["cup"]["hd95"]["interval"]
+  paired = uncertainty.compare(baseline, ours, case["group"], GROUPS)
+  difference = result["difference"]["cup"]["dice"]
+  assert difference["es"] == paired["es"]
+  assert difference["groups"] == paired["groups"]
+
+
 def test_every_figure_is_finite(written):
   def leaves(tree):
-    if not isinstance(tree, dict):
+    if isinstance(tree, dict):
+      tree = list(tree.values())
+    if not isinstance(tree, list):
       return [tree]
-    return [leaf for value in tree.values() for leaf in leaves(value)]
+    return [leaf for value in tree for leaf in leaves(value)]
 
   figures = leaves(written[1])
   assert None not in figures
@@ -183,7 +205,10 @@ def test_page_escapes_and_shows_figures(written):
   dice = result["models"]["Ours"]["cup"]["dice"]
   for value in (dice["overall"], dice["es"], dice["gap"]):
     assert f"{100 * value:.1f}" in shown
+  for ends in (dice["interval"]["es"], dice["interval"]["groups"]["White"]):
+    assert "{:.1f} to {:.1f}".format(*(100 * end for end in ends)) in page.text
   assert f"On the cup, Ours is fairer than {EVIL}" in result["verdict"]
+  assert "With fewer than 30 cases of Asian, Black" in result["verdict"]
   assert "1,291" in shown
   assert "Asian\N{NO-BREAK SPACE}†" in shown
   assert "White\N{NO-BREAK SPACE}†" not in shown
@@ -194,9 +219,35 @@ def test_verdict_admits_the_opposite_and_a_draw(case, tmp_path):
   ours, baseline = case["columns"]
   swapped = report.write(tmp_path, title="t", models={"A": baseline, "B": ours})
   assert "A is less fair than B" in swapped["verdict"]
-  assert " worse</td>" in (tmp_path / "index.html").read_text()
+  assert " worse<" in (tmp_path / "index.html").read_text()
   drawn = report.write(tmp_path, title="t", models={"A": ours, "B": ours})
-  assert "A is about as fair as B" in drawn["verdict"]
+  assert "A is not shown to be fairer or less fair than B" in drawn["verdict"]
+
+
+def test_no_claim_where_the_interval_holds_0(tmp_path):
+  """Chance alone sets the cases of one group 3 points apart."""
+  rng = np.random.default_rng(0)
+  group = np.repeat([0, 1], 40)
+  mask = np.zeros((80, 4, 4), np.uint8)
+  ours = segmentation.per_case(
+    mask, mask, list(map(str, range(80))), group, "AB"
+  )
+  ours["cup_dice"] = np.where(group == 0, 0.7, 0.8) + rng.normal(0, 0.1, 80)
+  noise = rng.normal(0, 0.1, 80)
+  noise -= np.where(group == 0, noise[:40].mean() - 0.03, noise[40:].mean())
+  unsure = ours | {"cup_dice": ours["cup_dice"] - noise}
+  sure = ours | {"cup_dice": ours["cup_dice"] - 0.1 * (group == 0)}
+  for baseline, verdict in (
+    (unsure, "not shown to be fairer or less fair than B: ES"),
+    (sure, "fairer than B: ES"),
+  ):
+    models = {"A": ours, "B": baseline}
+    result = report.write(tmp_path, title="t", models=models)
+    row = result["difference"]["cup"]["dice"]["gap"]
+    assert 100 * row["difference"] < -report.NOISE
+    assert (row["low"] <= 0 <= row["high"]) == (baseline is unsure)
+    assert f"A is {verdict}" in result["verdict"]
+    assert "fewer than" not in result["verdict"]
 
 
 def test_parts_without_data_are_left_out(written, case, tmp_path):
@@ -229,7 +280,7 @@ def test_undefined_figures_are_dashes(tmp_path):
     cases={"image": empty, "label": empty, "prediction": empty},
   )
   assert result["models"]["Ours"]["cup"]["dice"]["overall"] is None
-  assert result["difference"]["cup"]["dice"]["es"] is None
+  assert result["difference"]["cup"]["dice"]["es"]["difference"] is None
   text = (tmp_path / "index.html").read_text()
   Page(text)
   assert "–" in text

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 OVERRIDES = {
   "baseline": False,
   "checkpoint.every": 3,
+  "fairness.method": "group_dro",  # remembers weights
+  "fairness.tilt": 1.0,  # quotas follow what is remembered of risks
   "image.conditioning": "concat",
   "image.attention": (False,),
   "points.flow_depth": 1,

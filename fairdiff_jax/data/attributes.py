@@ -10,6 +10,7 @@ and those of FairDomain, FairDiff and FairMedFM.
 """
 
 import difflib
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 UNKNOWN = -1
+OTHER = "Other"  # the group of groups that have too few cases
 OLDEST_AGE = 130  # years; a larger number is an age in days
 
 RACE_012 = {0: 0, 1: 1, 2: 2}
@@ -226,6 +228,72 @@ def parse_age(
   return float(age)
 
 
+def group_names(
+  attribute: str, pooled: Collection[str] = ()
+) -> tuple[str, ...]:
+  """Names of the groups that an attribute tells apart.
+
+  Args:
+    attribute: a key of ATTRIBUTES, or several joined by '+', whose groups are
+      all combinations, such as 'Asian Female' of 'race+gender'.
+    pooled: names of groups that become one, OTHER, which comes last.
+
+  Raises:
+    ValueError: no such attribute or group; suggests the nearest name.
+  """
+  parts = [_names(name) for name in attribute.split("+")]
+  names = tuple(" ".join(p) for p in itertools.product(*parts))
+  for name in pooled:
+    if name not in names:
+      raise ValueError(
+        f"{attribute} has no group {name!r} to pool."
+        f"{_did_you_mean(name, names)}"
+      )
+  kept = tuple(name for name in names if name not in pooled)
+  return (*kept, OTHER) if pooled else kept
+
+
+def group_codes(
+  attribute: str,
+  attributes: Mapping[str, np.ndarray],
+  pooled: Collection[str] = (),
+) -> np.ndarray:
+  """Each case's index into `group_names(attribute, pooled)`.
+
+  Args:
+    attribute: as for `group_names`.
+    attributes: canonical codes [n] by attribute.
+    pooled: as for `group_names`.
+
+  Returns:
+    int32 [n], -1 where an attribute is unknown.
+  """
+  columns = [attributes[name] for name in attribute.split("+")]
+  sizes = [len(_names(name)) for name in attribute.split("+")]
+  unknown = np.any([column < 0 for column in columns], axis=0)
+  code = np.ravel_multi_index(
+    [np.maximum(column, 0) for column in columns], sizes
+  )
+  names = group_names(attribute, pooled)
+  index = [
+    names.index(OTHER if name in pooled else name)
+    for name in group_names(attribute)
+  ]
+  return np.where(unknown, UNKNOWN, np.asarray(index)[code]).astype(np.int32)
+
+
+def small_groups(
+  attribute: str, attributes: Mapping[str, np.ndarray], min_cases: int
+) -> tuple[str, ...]:
+  """Names of the groups with fewer than `min_cases` cases; none if 0."""
+  names = group_names(attribute)
+  code = group_codes(attribute, attributes)
+  counts = np.bincount(code[code >= 0], minlength=len(names))
+  return tuple(
+    name for name, count in zip(names, counts, strict=True) if count < min_cases
+  )
+
+
 def group_name(attribute: str, code: int) -> str:
   """Returns the name of a canonical code, `Unknown` for -1.
 
@@ -243,13 +311,13 @@ def group_name(attribute: str, code: int) -> str:
   return names[code]
 
 
-def group_code(attribute: str, name: str) -> int:
-  """Returns the canonical code of a group's name, in any case.
+def group_code(attribute: str, name: str, pooled: Collection[str] = ()) -> int:
+  """Index of a group's name, in any case, into `group_names`.
 
   Raises:
     ValueError: no such attribute or group; suggests the nearest name.
   """
-  names = _names(attribute)
+  names = group_names(attribute, pooled)
   lower = [n.lower() for n in names]
   if name.lower() not in lower:
     raise ValueError(
@@ -257,6 +325,17 @@ def group_code(attribute: str, name: str) -> int:
       f"Its groups are {', '.join(names)}."
     )
   return lower.index(name.lower())
+
+
+def attributes_of(attribute: str, name: str) -> dict[str, int]:
+  """Canonical codes by attribute of a group's cases; none for OTHER."""
+  if name == OTHER and name not in group_names(attribute):
+    return {}
+  parts = attribute.split("+")
+  codes = np.unravel_index(
+    group_code(attribute, name), [len(_names(part)) for part in parts]
+  )
+  return {part: int(code) for part, code in zip(parts, codes, strict=True)}
 
 
 def _names(attribute: str) -> tuple[str, ...]:

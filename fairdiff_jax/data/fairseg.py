@@ -165,7 +165,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
 
   Args:
     config: fields source ("phantom" or a directory of npz files), size,
-      num_points, split, and phantom.{train, test, seed}.
+      num_points, split, and phantom, the arguments of `phantom.write`.
     directory: where to write the prepared data; phantoms are first written to
       a folder in it as npz files.
 
@@ -180,13 +180,15 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
       num_points=num_points,
       split=config.split,
     )
-  made = {k: config.phantom[k] for k in ("train", "test", "seed")}
+  made = config.phantom.to_dict()
   origin = "phantom, " + ", ".join(f"{k} {_plain(v)}" for k, v in made.items())
   settings = _settings(origin, size, num_points, config.split)
   stored = _reuse(directory, settings)
   if stored:
     return stored
-  name = "-".join(str(v) for v in ("phantom", *made.values(), *size))
+  name = "-".join(
+    ("phantom", *(f"{k}_{v}" for k, v in made.items()), *map(str, size))
+  )
   source = Path(directory) / name
   if not source.exists():
     Path(directory).mkdir(parents=True, exist_ok=True)

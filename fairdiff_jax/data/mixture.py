@@ -5,12 +5,15 @@ With n_g real cases of group g and N = max_g n_g unless a size is given:
 
     none            every real case once
     repeat_sample   real cases repeated until every group has N
-    equal_scale     each group N: its real cases (a subset if n_g > N), filled
-                    up with synthetic ones
+    equal_scale     each group N_g: its real cases (a subset if n_g > N_g),
+                    filled up with synthetic ones
+
+N_g = N, unless sizes are tilted to the groups of high risk: then N_g is in
+proportion to R_g^tilt, and all groups together have G N.
 
 The published Equal Scale takes every real case once; with a few dozen cases
 of a minority its epoch is then nearly all synthetic. A `real_share` r > 0
-guarantees that at least r N of each group's cases are real, by repeating
+guarantees that at least r N_g of each group's cases are real, by repeating
 them, and fills up with synthetic ones only the rest.
 """
 
@@ -50,15 +53,39 @@ def powered_pool(
   )
 
 
-def synthetic_quota(
-  group: np.ndarray, num_groups: int, *, size: int = 0, real_share: float = 0
+def group_sizes(
+  group: np.ndarray,
+  num_groups: int,
+  *,
+  size: int = 0,
+  risk: np.ndarray | None = None,
+  tilt: float = 0,
 ) -> np.ndarray:
-  """Synthetic cases [G] that Equal Scale needs of every group.
+  """Cases N_g [G] that an epoch has of every group.
 
   Args:
     group: group index [n] of the real training cases.
     num_groups: G.
     size: N, cases per group; 0 means as many as the largest group has.
+    risk: running risk [G] of the groups, 0 or None while it is not known.
+    tilt: exponent of the risk; 0 gives every group N.
+  """
+  counts = np.bincount(group[group >= 0], minlength=num_groups)
+  size = size or counts.max(initial=0)
+  if not tilt or risk is None or not np.all(np.asarray(risk) > 0):
+    return np.full(num_groups, size)
+  share = np.asarray(risk, np.float64) ** tilt
+  return np.round(num_groups * size * share / share.sum()).astype(int)
+
+
+def synthetic_quota(
+  group: np.ndarray, sizes: np.ndarray, real_share: float = 0
+) -> np.ndarray:
+  """Synthetic cases [G] that Equal Scale needs of every group.
+
+  Args:
+    group: group index [n] of the real training cases.
+    sizes: N_g [G].
     real_share: least real share of each group, 0 to 1; 0 is as published.
 
   Raises:
@@ -66,10 +93,9 @@ def synthetic_quota(
   """
   if not 0 <= real_share <= 1:
     raise ValueError(f"fairness.real_share={real_share} is not in 0..1")
-  counts = np.bincount(group[group >= 0], minlength=num_groups)
-  size = size or counts.max()
-  real = np.maximum(counts, np.ceil(real_share * size).astype(int))
-  return np.maximum(size - real, 0)
+  counts = np.bincount(group[group >= 0], minlength=len(sizes))
+  real = np.maximum(counts, np.ceil(real_share * sizes).astype(int))
+  return np.maximum(sizes - real, 0)
 
 
 def training_pool(
@@ -78,8 +104,7 @@ def training_pool(
   real_group: np.ndarray,
   synthetic_group: np.ndarray,
   group_names: Sequence[str],
-  *,
-  size: int = 0,
+  sizes: np.ndarray,
 ) -> np.ndarray:
   """The epoch of a data strategy.
 
@@ -88,10 +113,10 @@ def training_pool(
     strategy: 'none', 'repeat_sample' or 'equal_scale'.
     real_group: group index [n] of the real cases, -1 for unknown.
     synthetic_group: group index [m] of the synthetic cases. Equal Scale takes
-      all of them, and fills every group up to N with real ones: while there
+      all of them, and fills every group up to N_g with real ones: while there
       are none it is Repeat Sample.
     group_names: names of the G groups.
-    size: N, cases per group; 0 means as many as the largest group has.
+    sizes: N_g [G].
 
   Returns:
     Indices into the real cases followed by the synthetic ones. Cases of
@@ -106,9 +131,8 @@ def training_pool(
     )
   if strategy == "none":
     return np.arange(len(real_group))
-  size = size or np.bincount(real_group[real_group >= 0]).max()
   parts = [np.flatnonzero(real_group < 0)]
-  for g, name in enumerate(group_names):
+  for g, (name, size) in enumerate(zip(group_names, sizes, strict=True)):
     real = np.flatnonzero(real_group == g)
     synthetic = np.empty(0, np.int64)
     if strategy == "equal_scale":

@@ -218,38 +218,46 @@ def write(
   train: int,
   test: int,
   shape: tuple[int, int] = (64, 64),
+  balanced: bool = False,
   seed: int = 0,
+  test_seed: int = 0,
   progress: bool = True,
 ) -> None:
   """Writes made-up patients as files of Harvard-FairSeg's current release.
 
-  `data_00001.npz` and on, training cases first and groups in order, with keys
+  `data_00001.npz` and on, test cases first and groups in order, with keys
   `slo_fundus` [H, W] uint8, `disc_cup_mask` [H, W] float64 (0 background, -1
   rim, -2 cup) and attributes as 0-d int64 (age in years), then
-  `data_summary.csv`. Case i is drawn from `default_rng([seed, i])`, whatever
-  else is written.
+  `data_summary.csv`. Case i is drawn from `default_rng([seed, i])`, so that
+  test cases are the same whatever the training cases.
 
   Args:
     directory: where to write; created if missing, must be empty.
-    train: training cases in total, split over race by `group_counts`.
+    train: training cases in total.
     test: test cases of *each* race.
     shape: (H, W) of the images.
-    seed: at least 0.
+    balanced: whether training cases are split over race equally, or by
+      `group_counts`.
+    seed: of the training cases, at least 0.
+    test_seed: of the test cases, at least 0.
     progress: whether to show a progress bar.
 
   Raises:
     FileExistsError: `directory` is not empty.
-    ValueError: a negative number of cases.
+    ValueError: a negative number of cases, or one that cannot be balanced.
   """
   directory = pathlib.Path(directory)
+  number = len(ATTRIBUTES["race"])
   if test < 0:
     raise ValueError(f"the number of cases must be at least 0, not {test}")
+  if balanced and train % number:
+    raise ValueError(
+      f"{train} training cases cannot be split equally over {number} groups"
+    )
+  training = [train // number] * number if balanced else group_counts(train)
   cases = [
     (group, use)
-    for use, counts in (
-      ("training", group_counts(train)),
-      ("test", [test] * len(ATTRIBUTES["race"])),
-    )
+    for use, counts in (("test", [test] * number), ("training", training))
     for group, count in enumerate(counts)
     for _ in range(count)
   ]
@@ -262,7 +270,7 @@ def write(
   rows = []
   bar = tqdm(cases, desc="phantoms", unit="case", disable=not progress)
   for i, (group, use) in enumerate(bar, start=1):
-    rng = np.random.default_rng([seed, i])
+    rng = np.random.default_rng([test_seed if use == "test" else seed, i])
     image, mask = generate(rng, group, shape)
     codes = {"race": group} | {
       key: _choose(rng, key) for key in ATTRIBUTES if key != "race"

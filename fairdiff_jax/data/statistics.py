@@ -22,6 +22,7 @@ def shapes(num_groups: int) -> dict:
       "scale": np.zeros(num_groups + 1, np.float32),
     },
     "segmenter": {},
+    "adversary": {},
   }
 
 

@@ -17,7 +17,7 @@ from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, dice
 from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.checkpoint import network, restore_inference
-from fairdiff_jax.training.loop import Setup, setup
+from fairdiff_jax.training.loop import Setup, case_groups, setup
 from fairdiff_jax.training.mesh import map_batch
 
 SUBJECT, BASELINE = "FairDiff, joint", "Baseline (ERM)"
@@ -131,8 +131,10 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
   names = run.objective.group_names
   data = configs.data_directory(config, workdir)
   test, train = load(data, "test"), load(data, "train")
-  test_group = test.attributes[config.data.attribute]
-  train_group = train.attributes[config.data.attribute]
+  test_group, train_group = (
+    case_groups(config, test),
+    case_groups(config, train),
+  )
   size = config.evaluation.batch_size
   predictors = {SUBJECT: make_predictor(run, inference, size)}
   if (workdir / "baseline" / "checkpoints").exists():
@@ -187,6 +189,11 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     facts={
       "data": config.data.source,
       "attribute": config.data.attribute,
+      **(
+        {"pooled groups": ", ".join(config.data.pooled)}
+        if config.data.pooled
+        else {}
+      ),
       "image size": "x".join(map(str, config.data.size)),
       "training cases": len(train.name),
       "test cases": len(test.name),

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fairdiff_jax.evaluation import segmentation
+from fairdiff_jax.fairness.uncertainty import MIN_CASES
 
-FEW = 30  # cases below which a group's mean is marked
 NOISE = 0.5  # points of difference that are not worth a claim
 WORST = 6  # cases shown
 STRIP = 8  # images a group
@@ -69,6 +69,7 @@ vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600}thead th{vertical-align:bottom}
 th:first-child{text-align:left}th[scope=row]{font-weight:400}
 th[scope=rowgroup]{padding-top:1rem}tbody{border-bottom:2px solid var(--line)}
+td small{white-space:nowrap}
 .better{color:var(--good)}.worse{color:var(--bad)}
 .charts,.cases,.strip{display:grid;gap:.75rem}
 .charts{grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr))}
@@ -89,6 +90,7 @@ dt{font-weight:600}dd{margin:0;max-width:46rem}
 @media(max-width:600px){body{padding:1.25rem 1rem 3rem}h1{font-size:1.4rem}
 .strip{grid-template-columns:repeat(4,1fr)}table{font-size:.9rem}
 th,td{padding:.35rem .4rem;white-space:normal}th:first-child{min-width:5rem}
+td small{font-size:.75rem}
 dl{display:block}dd{margin-bottom:.6rem}}
 """
 GLOSSARY = {
@@ -105,6 +107,14 @@ GLOSSARY = {
   "Cup-to-disc error": "Absolute error of the area ratio of cup to disc. Left"
   " out where label or prediction has no disc.",
   "Disc": "Rim and cup together.",
+  "Intervals": "The small range at a figure: a 95% bootstrap interval"
+  " (percentiles of 2,000 resamples of the test cases within their groups). It"
+  " shows the chance of the test cases, not that of training. For ES-Dice and"
+  " gap the group means of a resample are first drawn together by what their"
+  " noise adds to their spread. The figures themselves are not: with few cases"
+  " a group ES-Dice is rather too low and the gap too high, so that they may"
+  " lie towards an end of their interval. The interval of a difference is"
+  " paired: both models on the same cases, those with a value in both.",
   "Groups": "Means over the cases of a group. Cases of unknown group count in"
   " the overall mean only.",
 }
@@ -123,6 +133,18 @@ def _esc(text) -> str:
 
 def _number(value: float | None, scale: float = 100, digits: int = 1) -> str:
   return "–" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _range(
+  interval: list[float | None],
+  scale: float = 100,
+  digits: int = 1,
+) -> str:
+  """A small second line for a cell; nothing for an undefined interval."""
+  if None in interval:
+    return ""
+  low, high = (_number(end, scale, digits) for end in interval)
+  return f"<br><small>{low} to {high}</small>"
 
 
 def _section(title: str, body: str, note: str = "") -> str:
@@ -162,7 +184,7 @@ def _table(label: str, head: list[str], blocks: Mapping[str, list]) -> str:
 def _marked(groups: Mapping[str, int]) -> dict[str, int]:
   """The same counts, with a mark at the names of small groups."""
   mark = "\N{NO-BREAK SPACE}†"
-  return {g + mark * (n < FEW): n for g, n in groups.items()}
+  return {g + mark * (n < MIN_CASES): n for g, n in groups.items()}
 
 
 def _svg(figure: Figure, alt: str) -> str:
@@ -180,7 +202,7 @@ def _svg(figure: Figure, alt: str) -> str:
 def _bars(
   summaries: Mapping[str, dict], cls: str, groups: Mapping[str, int]
 ) -> str:
-  """Bars of the Dice of `cls` by group, one colour a model."""
+  """Dice of `cls` by group with intervals, one colour a model."""
   count = len(summaries)
   with matplotlib.rc_context(STYLE):
     height = 0.9 + (0.2 * count + 0.1) * len(groups) + 0.2 * count
@@ -188,12 +210,20 @@ def _bars(
     axes = figure.subplots()
     alt = [f"Dice of the {cls} by group."]
     for i, (name, summary) in enumerate(summaries.items()):
-      means = [summary[cls]["dice"]["groups"][g]["mean"] for g in groups]
+      dice = summary[cls]["dice"]
+      means = [dice["groups"][g]["mean"] for g in groups]
+      ends = [dice["interval"]["groups"][g] for g in groups]
+      arms = [
+        (0, 0) if None in end else np.abs(100 * (np.array(end) - mean))
+        for mean, end in zip(means, ends, strict=True)
+      ]
       y = np.arange(len(groups)) + (i - (count - 1) / 2) * 0.8 / count
       bars = axes.barh(
         y,
         [100 * (mean or 0) for mean in means],
         0.75 / count,
+        xerr=np.reshape(arms, (-1, 2)).T,
+        error_kw={"ecolor": INK, "elinewidth": 1},
         color=PALETTE[i],
         label=name,
       )
@@ -264,24 +294,25 @@ def _figures(summary: dict, cls: str) -> dict[str, float | None]:
   return {key: worst if key == "worst" else dice[key] for key in HEADLINE}
 
 
-def _differences(summaries: Mapping[str, dict], cls: str) -> dict:
-  """First model less second; None where one of them has no value."""
-  subject, baseline = (_figures(s, cls) for s in list(summaries.values())[:2])
-  return {
-    key: None if None in (new, baseline[key]) else new - baseline[key]
-    for key, new in subject.items()
-  }
+def _intervals(summary: dict, cls: str) -> dict[str, list[float | None]]:
+  """(low, high) of what `_figures` returns."""
+  dice = summary[cls]["dice"]
+  worst = dice["interval"]["groups"].get(dice["worst"], [None, None])
+  return {k: worst if k == "worst" else dice["interval"][k] for k in HEADLINE}
 
 
-def _gain(key: str, difference: float | None) -> int:
+def _gain(key: str, row: Mapping[str, float | None]) -> int:
   """1 for better, -1 for worse, 0 for a difference not worth a claim."""
-  if difference is None or abs(100 * difference) <= NOISE:
+  difference, low, high = map(row.get, ("difference", "low", "high"))
+  if None in (difference, low, high) or low <= 0 <= high:
+    return 0
+  if abs(100 * difference) <= NOISE:
     return 0
   return 1 if (difference < 0) == (key == "gap") else -1
 
 
-def _verdict(summaries: Mapping[str, dict]) -> str:
-  """One sentence: which of the first two models is the fairer, and by what."""
+def _verdict(summaries: Mapping[str, dict], differences: Mapping) -> str:
+  """Which of the first two models is the fairer, and by what."""
   name, *others = summaries
   figures = [_figures(summary, "cup") for summary in summaries.values()][:2]
   es, gap, worst, dice = (
@@ -290,22 +321,27 @@ def _verdict(summaries: Mapping[str, dict]) -> str:
   )
   verdict = "ES-Dice"
   if others:
-    differences = _differences(summaries, "cup")
-    gains = {_gain(key, differences[key]) for key in ("es", "gap", "worst")}
+    rows = differences["cup"]["dice"]
+    gains = {_gain(key, rows[key]) for key in ("es", "gap")}
     word = {
       (True, False): "fairer than",
       (False, True): "less fair than",
       (True, True): "fairer in one way and less fair in another than",
-      (False, False): "about as fair as",
+      (False, False): "not shown to be fairer or less fair than",
     }[1 in gains, -1 in gains]
     verdict = f"{name} is {word} {others[0]}: ES-Dice"
+  few = summaries[name]["cup"]["dice"]["interval"]["few"]
+  caution = (
+    f" With fewer than {MIN_CASES} cases of {', '.join(few)}, do not rely on "
+    "it."
+  )
   return (
     f"On the cup, {verdict} {es}, gap between groups {gap} points, worst "
-    f"group {worst}, all cases {dice}."
+    f"group {worst}, all cases {dice}.{caution * bool(few)}"
   )
 
 
-def _headline(summaries: Mapping[str, dict]) -> str:
+def _headline(summaries: Mapping[str, dict], differences: Mapping) -> str:
   models = dict(list(summaries.items())[:2])
   blocks = {}
   for cls in segmentation.CLASSES:
@@ -315,12 +351,17 @@ def _headline(summaries: Mapping[str, dict]) -> str:
       for summary in models.values():
         group = summary[cls]["dice"]["worst"] if key == "worst" else None
         value = _number(_figures(summary, cls)[key])
+        value += _range(_intervals(summary, cls)[key])
         row.append(_td(f"{_esc(group)} {value}" if group else value))
-      if len(models) > 1:
-        difference = _differences(models, cls)[key]
-        word = {1: "better", -1: "worse", 0: ""}[_gain(key, difference)]
-        points = "–" if difference is None else f"{100 * difference:+.1f}"
-        row.append(_td(f"{points.replace('-', '−')} {word}", word))
+      if differences:
+        change = differences[cls]["dice"][key]
+        word = {1: "better", -1: "worse", 0: ""}[_gain(key, change)]
+        points = "–"
+        if change["difference"] is not None:
+          points = f"{100 * change['difference']:+.1f} {word}"
+        if "low" in change:
+          points += _range([change["low"], change["high"]])
+        row.append(_td(points.replace("-", "−"), word))
       rows.append(row)
   head = ["Dice", *map(_esc, models)]
   head += ["Difference"] if len(models) > 1 else []
@@ -336,14 +377,16 @@ def _measures(summaries: Mapping[str, dict], groups: Mapping, n: int) -> str:
     rows = blocks["Cup-to-disc error" if measure == "error" else title] = []
     for name, summary in summaries.items():
       figures = summary[cls][measure]
-      means = [(figures["overall"], figures["n"], n)]
+      ends = figures["interval"]["overall"]
+      means = [(figures["overall"], figures["n"], n, ends)]
       for group, count in groups.items():
         figure = figures["groups"][group]
-        means.append((figure["mean"], figure["n"], count))
+        ends = figures["interval"]["groups"][group]
+        means.append((figure["mean"], figure["n"], count, ends))
       row = [_esc(name)]
-      for mean, defined, count in means:
+      for mean, defined, count, ends in means:
         few = f" <small>n={defined}</small>" if defined < count else ""
-        row.append(_td(_number(mean, *style) + few))
+        row.append(_td(_number(mean, *style) + few + _range(ends, *style)))
       rows.append(row)
   head = ["Model"]
   for title, count in [("All", n), *_marked(groups).items()]:
@@ -485,6 +528,7 @@ def _check(models: Mapping, cases: Mapping | None) -> None:
 
 def _tested(
   summaries: Mapping[str, dict],
+  differences: Mapping[str, dict],
   columns: segmentation.Columns,
   cases: Mapping | None,
 ) -> str:
@@ -493,10 +537,15 @@ def _tested(
   sizes = ", ".join(f"{g} {count}" for g, count in _marked(groups).items())
   if unknown := n - sum(groups.values()):
     sizes += f", {segmentation.UNKNOWN} {unknown}"
-  few = f"† fewer than {FEW} cases: read with care." if "†" in sizes else ""
+  few = (
+    f"† fewer than {MIN_CASES} cases: trust neither mean nor interval."
+    if "†" in sizes
+    else ""
+  )
   rounding = (len(summaries) > 1) * (
-    "Differences are taken before rounding; up to "
-    f"{NOISE} points they are not called better or worse."
+    "Differences are taken before rounding. They are called better or worse "
+    f"only above {NOISE} points and where their interval leaves out 0; that "
+    "of the worst groups never, as the data chose them."
   )
   subject = _esc(next(iter(summaries)))
   legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
@@ -504,15 +553,21 @@ def _tested(
   sections = [
     _section(
       "Headline",
-      _headline(summaries),
-      f"In points, on {n} test cases ({_esc(sizes)}). {few} {rounding}",
+      _headline(summaries, differences),
+      f"In points, with 95% intervals, on {n} test cases ({_esc(sizes)}). "
+      f"{few} {rounding}",
     ),
-    _section("Dice by group", f'<div class="charts">{bars}</div>'),
+    _section(
+      "Dice by group",
+      f'<div class="charts">{bars}</div>',
+      "In points. Lines at the bars' ends are 95% intervals.",
+    ),
     _section(
       "All measures by group",
       _measures(summaries, groups, n),
-      "Dice and IoU in points. A small n in a cell says how many cases the "
-      f"measure is defined for, where that is not all. {few}",
+      "Dice and IoU in points, with 95% intervals. A small n in a cell says "
+      "how many cases the measure is defined for, where that is not all. "
+      f"{few}",
     ),
     cases is not None
     and _section(
@@ -604,7 +659,10 @@ def write(
   directory.mkdir(parents=True, exist_ok=True)
   summaries = {name: segmentation.summary(c) for name, c in models.items()}
   columns = next(iter(models.values()))
-  verdict = _verdict(summaries)
+  differences = {}
+  if len(models) > 1:
+    differences = segmentation.difference(*list(models.values())[:2])
+  verdict = _verdict(summaries, differences)
   tables = {}
   for i, (name, table) in enumerate(models.items(), 1):
     tables[name] = "cases.csv" if i == 1 else f"cases_{i}.csv"
@@ -616,11 +674,7 @@ def write(
       "n": len(columns["name"]),
       "groups": segmentation.groups(columns),
       "models": summaries,
-      "difference": {
-        cls: {"dice": _differences(summaries, cls)}
-        for cls in segmentation.CLASSES
-        if len(models) > 1
-      },
+      "difference": differences,
       "agreement": agreement or {},
       "training_cases": counts or {},
       "facts": facts or {},
@@ -635,7 +689,7 @@ def write(
     '<meta name="viewport" content="width=device-width,initial-scale=1">'
     f"<title>{_esc(title)}</title><style>{CSS}</style></head><body><main>"
     f'<h1>{_esc(title)}</h1><p class="verdict">{_esc(verdict)}</p>'
-    f"{_tested(summaries, columns, cases)}"
+    f"{_tested(summaries, differences, columns, cases)}"
     f"{_trained(columns, cases, synthetic, agreement, counts, log)}"
     f"{_section('The run', _definitions(facts)) if facts else ''}"
     f"{_section('Definitions', _definitions(GLOSSARY))}"

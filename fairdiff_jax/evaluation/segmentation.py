@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fairdiff_jax.fairness import metrics
+from fairdiff_jax.fairness import metrics, uncertainty
 
 CLASSES = {"cup": metrics.CUP, "rim": metrics.RIM, "disc": metrics.DISC}
 MEASURES = {"dice": metrics.dice, "iou": metrics.iou, "hd95": metrics.hd95}
@@ -106,6 +106,14 @@ def groups(columns: Columns) -> dict[str, int]:
   }
 
 
+def _indices(columns: Columns) -> tuple[np.ndarray, list[str]]:
+  """Index `[n]` of every case's group, -1 unknown, and the groups' names."""
+  names = list(groups(columns))
+  index = {name: g for g, name in enumerate(names)}
+  group = np.array([index.get(str(g), -1) for g in columns["group"]], int)
+  return group, names
+
+
 def summary(columns: Columns) -> dict[str, dict[str, dict]]:
   """Figures of a segmenter by class, then measure.
 
@@ -115,20 +123,46 @@ def summary(columns: Columns) -> dict[str, dict[str, dict]]:
   Returns:
     `{"cup": {"dice": figures, "iou": figures, "hd95": figures}, "rim": ...,
     "disc": ..., "cup_to_disc": {"error": figures}}` where `figures` is what
-    `metrics.summarize` returns, with None for NaN so that JSON can hold it.
+    `metrics.summarize` returns and, as `interval`, what
+    `uncertainty.intervals` does; with None for NaN and lists for tuples, so
+    that JSON can hold it.
   """
-  names = list(groups(columns))
-  index = {name: g for g, name in enumerate(names)}
-  group = np.array([index.get(str(g), -1) for g in columns["group"]], int)
+  group, names = _indices(columns)
   keys = [(cls, measure) for cls in CLASSES for measure in MEASURES]
   result: dict[str, dict[str, dict]] = {}
   for cls, measure in [*keys, ("cup_to_disc", "error")]:
+    arguments = (columns[f"{cls}_{measure}"], group, names)
+    worse = measure in LOWER_IS_BETTER
+    figures = metrics.summarize(*arguments, lower_is_better=worse)
+    interval = uncertainty.intervals(*arguments, lower_is_better=worse)
     result.setdefault(cls, {})[measure] = json_ready(
-      metrics.summarize(
-        columns[f"{cls}_{measure}"],
-        group,
-        names,
-        lower_is_better=measure in LOWER_IS_BETTER,
-      )
+      {**figures, "interval": interval}
     )
+  return result
+
+
+def difference(columns: Columns, baseline: Columns) -> dict[str, dict]:
+  """What sets a segmenter's Dice apart from a baseline's on the same cases.
+
+  Args:
+    columns: Columns as `per_case` returns them.
+    baseline: Those of the baseline, the same cases in the same order.
+
+  Returns:
+    `{"cup": {"dice": differences}, "rim": ..., "disc": ...}` where
+    `differences` is what `uncertainty.compare` returns, segmenter less
+    baseline, with None for NaN. It also has `worst`: {`difference`} of the
+    means of each one's worst group, without a test, as the data chose them.
+  """
+  group, names = _indices(columns)
+  result = {}
+  for cls in CLASSES:
+    values = [c[f"{cls}_dice"] for c in (baseline, columns)]
+    paired = uncertainty.compare(*values, group, names)
+    old, new = (
+      figures["groups"].get(figures["worst"], {"mean": math.nan})["mean"]
+      for figures in (metrics.summarize(v, group, names) for v in values)
+    )
+    worst = {"difference": new - old}
+    result[cls] = {"dice": json_ready({**paired, "worst": worst})}
   return result

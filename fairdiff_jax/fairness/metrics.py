@@ -8,10 +8,12 @@ NaN where it is undefined; means leave NaN out. Plain numpy on the host.
     ES   = overall / (1 + spread of the group means)
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
+import cv2
 import numpy as np
-from scipy import ndimage
+from scipy import spatial
 
 RIM = 1
 CUP = 2
@@ -20,15 +22,25 @@ DISC = (1, 2)
 Class = int | tuple[int, ...]
 
 
-def _regions(label, prediction, cls: Class) -> tuple[np.ndarray, np.ndarray]:
-  """Pixels of `cls` in both masks, as two bool `[n, H, W]`."""
+def _region(mask: np.ndarray, cls: Class) -> np.ndarray:
+  """Pixels of `cls`, as bool of the mask's shape."""
+  values = cls if isinstance(cls, tuple) else (cls,)
+  return functools.reduce(np.logical_or, [mask == v for v in values])
+
+
+def _cases(
+  label, prediction, cls: Class
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Pixels of `cls` in label and prediction, two bool `[H, W]` a case."""
   label, prediction = np.asarray(label), np.asarray(prediction)
   if label.ndim != 3 or label.shape != prediction.shape:
     raise ValueError(
       "label and prediction must both be [n, H, W], got "
       f"{label.shape} and {prediction.shape}"
     )
-  return np.isin(label, cls), np.isin(prediction, cls)
+  for masks in zip(label, prediction, strict=True):
+    a, b = (_region(mask, cls) for mask in masks)
+    yield a, b
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -37,10 +49,13 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
   return np.divide(numerator, denominator, out=out, where=denominator > 0)
 
 
-def _overlap(label, prediction, cls: Class):
-  """Sizes `[n]` of A ∩ B, A and B."""
-  a, b = _regions(label, prediction, cls)
-  return [np.count_nonzero(m, axis=(1, 2)) for m in (a & b, a, b)]
+def _overlap(label, prediction, cls: Class) -> np.ndarray:
+  """Sizes `[3, n]` of A ∩ B, A and B."""
+  sizes = [
+    [np.count_nonzero(m) for m in (a & b, a, b)]
+    for a, b in _cases(label, prediction, cls)
+  ]
+  return np.array(sizes, int).reshape(-1, 3).T
 
 
 def _with_empty(values, size_label, size_prediction, empty: str) -> np.ndarray:
@@ -92,11 +107,31 @@ def iou(
   return _with_empty(values, size_a, size_b, empty)
 
 
-def _surface_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Distance, in pixels, from each surface pixel of `a` to that of `b`."""
-  surface_a = a ^ ndimage.binary_erosion(a)
-  surface_b = b ^ ndimage.binary_erosion(b)
-  return ndimage.distance_transform_edt(~surface_b)[surface_a]
+def _surface(mask: np.ndarray) -> np.ndarray:
+  """Pixels `[k, 2]` that an erosion with the 4-neighbourhood takes away."""
+  surface = mask.copy()
+  surface[1:-1, 1:-1] &= ~(
+    mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+  )
+  return np.argwhere(surface)
+
+
+def _surface_distances(
+  a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Distances in pixels from surface to surface of two bool `[H, W]`.
+
+  Returns:
+    `[k]` from every surface pixel of `a` to the nearest of `b`, and `[l]` the
+    other way; infinite where there is none.
+  """
+  x, y, width, height = cv2.boundingRect((a | b).view(np.uint8))
+  box = np.s_[y : y + height, x : x + width]
+  points_a, points_b = _surface(a[box]), _surface(b[box])
+  return (
+    spatial.cKDTree(points_b).query(points_a)[0],
+    spatial.cKDTree(points_a).query(points_b)[0],
+  )
 
 
 def hd95(label: np.ndarray, prediction: np.ndarray, cls: Class) -> np.ndarray:
@@ -112,39 +147,88 @@ def hd95(label: np.ndarray, prediction: np.ndarray, cls: Class) -> np.ndarray:
 
   Returns:
     `[n]` float64 in pixels, NaN where label or prediction lacks the class.
+
+  Raises:
+    ValueError: Shapes differ or are not `[n, H, W]`.
   """
-  distances = np.full(len(label), np.nan)
-  for i, (a, b) in enumerate(
-    zip(*_regions(label, prediction, cls), strict=True)
-  ):
-    if not (a.any() and b.any()):
-      continue
-    box = ndimage.find_objects((a | b).astype(np.uint8))[0]
-    a, b = a[box], b[box]
-    pooled = np.concatenate(
-      [_surface_distances(a, b), _surface_distances(b, a)]
-    )
-    distances[i] = np.percentile(pooled, 95)
-  return distances
+  values = [
+    np.percentile(np.concatenate(_surface_distances(a, b)), 95)
+    if a.any() and b.any()
+    else np.nan
+    for a, b in _cases(label, prediction, cls)
+  ]
+  return np.array(values, np.float64)
 
 
-def cup_to_disc_error(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-  """Absolute error of the area ratio of cup to disc.
+def boundary_dice(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  cls: Class,
+  tolerance: float = 2.0,
+) -> np.ndarray:
+  """Surface Dice at a tolerance (Nikolov et al. 2018, arXiv:1809.04430).
+
+  The share of both surfaces, taken together, that lies within `tolerance` of
+  the other one. Surfaces are those of `hd95`, and every pixel counts alike.
 
   Args:
     label: Masks `[n, H, W]`.
     prediction: Masks `[n, H, W]`.
+    cls: Value or values that make up the class.
+    tolerance: Largest distance, in pixels, that still counts as agreement.
+
+  Returns:
+    `[n]` float64 in [0, 1]; 0 where only one of label and prediction has the
+    class, NaN where neither has.
+
+  Raises:
+    ValueError: Shapes differ or are not `[n, H, W]`, or a negative tolerance.
+  """
+  if tolerance < 0:
+    raise ValueError(f"tolerance must not be negative, got {tolerance}")
+  values = []
+  for a, b in _cases(label, prediction, cls):
+    distances = np.concatenate(_surface_distances(a, b))
+    values.append(np.mean(distances <= tolerance) if len(distances) else np.nan)
+  return np.array(values, np.float64)
+
+
+def cup_to_disc_error(
+  label: np.ndarray, prediction: np.ndarray, kind: str = "area"
+) -> np.ndarray:
+  """Absolute error of the ratio of cup to disc.
+
+  Args:
+    label: Masks `[n, H, W]`.
+    prediction: Masks `[n, H, W]`.
+    kind: What is divided. "area": pixels; "vertical": height, the number of
+      rows from the topmost pixel to the lowest.
 
   Returns:
     `[n]` float64 in [0, 1], NaN where label or prediction has no disc.
+
+  Raises:
+    ValueError: Shapes differ or are not `[n, H, W]`, or unknown `kind`.
   """
-  cups = _regions(label, prediction, CUP)
-  discs = _regions(label, prediction, DISC)
-  ratio_label, ratio_prediction = (
-    _ratio(np.count_nonzero(c, axis=(1, 2)), np.count_nonzero(d, axis=(1, 2)))
-    for c, d in zip(cups, discs, strict=True)
+  if kind == "area":
+    size = np.count_nonzero
+  elif kind == "vertical":
+    size = _height
+  else:
+    raise ValueError(f"kind must be 'area' or 'vertical', got {kind!r}")
+  cups, discs = (
+    np.array(
+      [[size(a), size(b)] for a, b in _cases(label, prediction, cls)], int
+    ).reshape(-1, 2)
+    for cls in (CUP, DISC)
   )
+  ratio_label, ratio_prediction = _ratio(cups, discs).T
   return np.abs(ratio_label - ratio_prediction)
+
+
+def _height(region: np.ndarray) -> int:
+  """Rows from the topmost to the lowest pixel of a bool `[H, W]`."""
+  return cv2.boundingRect(region.view(np.uint8))[3]
 
 
 def equity_scaled(
@@ -194,6 +278,7 @@ def summarize(
   names: Sequence[str],
   *,
   lower_is_better: bool = False,
+  definition: str = "fairdiff_std",
 ) -> dict:
   """Overall and group means of one measure, and how far they lie apart.
 
@@ -204,14 +289,17 @@ def summarize(
     names: Names of the groups.
     lower_is_better: True for distances and errors, which have no equity-scaled
       value.
+    definition: Definition of equity scaling, as for `equity_scaled`.
 
   Returns:
-    `overall`, `n`, `groups` {name: {`mean`, `n`}}, `gap` (best minus worst
-    group, never negative), `worst` (a name, None without groups) and, where
-    more is better, `es` (FairDiff's definition).
+    `overall`, `n`, `groups` {name: {`mean`, `n`}}; of the group means m_g,
+    `gap` (max m_g - min m_g), `ratio` (min m_g / max m_g, so in [0, 1]; 1 for
+    equal groups, also where all are 0), `std` (standard deviation with G - 1;
+    NaN for one group) and `worst` (a name); where more is better, `es`.
+    Without groups, `worst` is None, `es` is `overall` and the others are NaN.
 
   Raises:
-    ValueError: Lengths differ, or a group has no name.
+    ValueError: Lengths differ, a group has no name, or unknown `definition`.
   """
   values, group = np.asarray(values, np.float64), np.asarray(group)
   if values.ndim != 1 or values.shape != group.shape:
@@ -228,13 +316,19 @@ def summarize(
     "overall": _mean(values),
     "n": len(values),
     "groups": {k: {"mean": _mean(v), "n": len(v)} for k, v in cases.items()},
-    "gap": float("nan"),
+    **dict.fromkeys(("gap", "ratio", "std"), float("nan")),
     "worst": None,
   }
   if means:
     pick = max if lower_is_better else min
     result["worst"] = pick(means, key=means.get)
-    result["gap"] = max(means.values()) - min(means.values())
+    low, high = min(means.values()), max(means.values())
+    result["gap"] = high - low
+    result["ratio"] = low / high if high > 0 else 1.0
+  if len(means) > 1:
+    result["std"] = float(np.std(list(means.values()), ddof=1))
   if not lower_is_better:
-    result["es"] = equity_scaled(list(means.values()), result["overall"])
+    result["es"] = equity_scaled(
+      list(means.values()), result["overall"], definition
+    )
   return result

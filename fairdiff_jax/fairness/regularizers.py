@@ -1,77 +1,291 @@
-r"""Penalties on unequal group risks.
+r"""Fairness methods: what is added to the segmenter's empirical risk.
 
-A regularizer adds lambda * Omega(R_1..R_G) to the empirical risk. Groups with
-no case in the batch take no part. Over the P groups present, with mean risk
-Rbar = sum_g R_g / P:
+A method adds lambda * Omega to the mean loss Rhat of a global batch. Groups
+with no case in it take no part. Over the P groups present, with risks R_g and
+mean risk Rbar = sum_g R_g / P:
 
+    erm        0
     variance   sum_g (R_g - Rbar)^2 / P
     gap        max_g R_g - min_g R_g
     worst      tau log( sum_g exp(R_g / tau) / P ) - Rbar
+    equity     Rbar ( sqrt(V + delta^2) - delta )
+               V = sum_g (R_g - Rbar)^2 / (P - 1)
+    mmd        sum_g |f_g - fbar|^2 / P, f_g the mean features of group g
+    group_dro  sum_g q_g R_g - sum_g n_g R_g / n
+    febs       Dice' - Dice
+    adversarial  0 here; its adversary is a network of the joint objective
 
-Every penalty is >= 0, and 0 where the risks are equal.
+The first six are >= 0, and 0 where the groups are alike. `worst` is the
+entropic form of the worst group's risk, which it becomes as tau -> 0. `equity`
+is what equity scaling, performance / (1 + sd), adds to a risk that is
+multiplied by (1 + sd), made smooth at equal risks. `mmd` is the maximum mean
+discrepancy under a linear kernel.
+
+With lambda = 1 the last ones are the published objectives:
+
+* `group_dro` (Sagawa et al. 2020) minimises sum_g q_g R_g, where q is a
+  distribution that each batch moves, before it weighs the batch, by
+  q_g <- q_g exp(eta (R_g + C / sqrt(N_g))), N_g the training cases of group g.
+* `febs` (Tian et al. 2024, FairSeg's Fair Error-Bound Scaling) multiplies the
+  class scores of group g inside the Dice loss by
+  tanh( (min_h L_h / L_g)^gamma ), L_g the group's Dice loss. As published
+  ('febs_published') the Dice loss is summed over the batch, and a group that
+  the batch lacks has L = 0, so that every other group is weighted 0. 'febs'
+  takes its running average instead, and the mean of the Dice losses of cases.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.fairness.risk import (
+  RunningRisk,
+  global_sum,
+  group_risk,
+  group_sum,
+  weighted_mean,
+)
+
+SMOOTH = 1e-5  # of Dice
+FLAT = 1e-2  # delta of 'equity', in units of the loss
+
+
+class DiceTerms(NamedTuple):
+  """What the Dice loss of a case is made of, each [B, C].
+
+  Attributes:
+    overlap: sum of p y over the pixels.
+    score: sum of p^2.
+    label: sum of y^2.
+  """
+
+  overlap: jax.Array
+  score: jax.Array
+  label: jax.Array
+
+  def scaled(self, factor: jax.Array) -> "DiceTerms":
+    """The terms with scores p multiplied by factor [B]."""
+    factor = factor[:, None]
+    return DiceTerms(self.overlap * factor, self.score * factor**2, self.label)
+
+  def loss(self) -> jax.Array:
+    """Mean Dice loss over the classes, of each row."""
+    overlap, size = 2 * self.overlap, self.score + self.label
+    return jnp.mean(1 - (overlap + SMOOTH) / (size + SMOOTH), axis=-1)
+
+
+class Evidence(NamedTuple):
+  """What the segmenter made of a batch.
+
+  Attributes:
+    risk: [G], of the groups in `known`.
+    known: bool [G], whether a group takes part: it has a case in the batch,
+      or a running average stands in.
+    count: cases of every group in the global batch [G].
+    group: [B], -1 for unknown.
+    weight: [B].
+    dice: terms [B, C].
+    features: pooled features [B, F].
+    axis_name: mapped axis of the per-shard view, None for the global view.
+  """
+
+  risk: jax.Array
+  known: jax.Array
+  count: jax.Array
+  group: jax.Array | None = None
+  weight: jax.Array | None = None
+  dice: DiceTerms | None = None
+  features: jax.Array | None = None
+  axis_name: str | None = None
+
 
 class Regularizer(NamedTuple):
-  """`init(G) -> state`; `penalty(risk, count, state) -> (scalar, state)`."""
+  """A fairness method.
 
-  init: Callable[[int], Any]
-  penalty: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+  Attributes:
+    init: training cases of every group [G] -> state.
+    penalty: (evidence, state) -> (scalar Omega, the next state).
+  """
 
-
-def _mean(x, present):
-  return jnp.sum(jnp.where(present, x, 0)) / jnp.maximum(present.sum(), 1)
-
-
-def _variance(risk, present):
-  return _mean((risk - _mean(risk, present)) ** 2, present)
+  init: Callable[[jax.Array], Any]
+  penalty: Callable[[Evidence, Any], tuple[jax.Array, Any]]
 
 
-def _gap(risk, present):
-  highest = jnp.max(risk, where=present, initial=-jnp.inf)
-  lowest = jnp.min(risk, where=present, initial=jnp.inf)
-  return jnp.where(present.any(), highest - lowest, 0)
+def _mean(x, known):
+  return jnp.sum(jnp.where(known, x, 0)) / jnp.maximum(known.sum(), 1)
 
 
-def _worst(risk, present, temperature):
-  scaled = jnp.where(present, risk / temperature, -jnp.inf)
+def _variance(risk, known):
+  return _mean((risk - _mean(risk, known)) ** 2, known)
+
+
+def _gap(risk, known):
+  highest = jnp.max(risk, where=known, initial=-jnp.inf)
+  lowest = jnp.min(risk, where=known, initial=jnp.inf)
+  return jnp.where(known.any(), highest - lowest, 0)
+
+
+def _worst(risk, known, temperature):
+  scaled = jnp.where(known, risk / temperature, -jnp.inf)
   # An empty batch would make every entry -inf and the gradient NaN.
-  scaled = jnp.where(present.any(), scaled, 0)
-  count = jnp.maximum(present.sum(), 1)
+  scaled = jnp.where(known.any(), scaled, 0)
+  count = jnp.maximum(known.sum(), 1)
   soft = jax.nn.logsumexp(scaled) - jnp.log(count)
-  soft = temperature * soft - _mean(risk, present)
-  return jnp.where(present.any(), soft, 0)
+  soft = temperature * soft - _mean(risk, known)
+  return jnp.where(known.any(), soft, 0)
 
 
-def make_regularizer(name: str, temperature: float = 0.1) -> Regularizer:
-  """Looks up a regularizer.
+def _equity(risk, known):
+  count = known.sum()
+  variance = _variance(risk, known) * count / jnp.maximum(count - 1, 1)
+  return _mean(risk, known) * (jnp.sqrt(variance + FLAT**2) - FLAT)
+
+
+def _on_risks(function) -> Regularizer:
+  """A method that looks at the groups' risks and keeps nothing."""
+  return Regularizer(
+    init=lambda num_cases: (),
+    penalty=lambda evidence, state: (
+      function(evidence.risk, evidence.known),
+      state,
+    ),
+  )
+
+
+def _mmd(evidence, state):
+  total, count = group_sum(
+    evidence.features,
+    evidence.group,
+    evidence.weight,
+    len(evidence.count),
+    evidence.axis_name,
+  )
+  present = count > 0
+  mean = total / jnp.where(present, count, 1)[:, None]
+  centre = jnp.sum(mean, axis=0) / jnp.maximum(present.sum(), 1)
+  distance = jnp.sum((mean - centre) ** 2, axis=-1)
+  return _mean(distance, present), state
+
+
+def _group_dro(step_size: float, adjustment: float) -> Regularizer:
+  def init(num_cases):
+    exists = num_cases > 0
+    margin = adjustment / jnp.sqrt(jnp.where(exists, num_cases, 1))
+    return {"q": exists / jnp.maximum(exists.sum(), 1), "margin": margin}
+
+  def penalty(evidence, state):
+    risk, known = evidence.risk, evidence.known
+    # Weights of groups that are not known stay as they are.
+    mass = jnp.sum(jnp.where(known, state["q"], 0))
+    gain = step_size * jax.lax.stop_gradient(risk + state["margin"])
+    gain -= jnp.max(gain, where=known, initial=-jnp.inf)
+    moved = jnp.where(known, state["q"] * jnp.exp(gain), 0)
+    moved *= mass / jnp.where(mass > 0, moved.sum(), 1)
+    q = jnp.where(known, moved, state["q"])
+    robust = jnp.sum(jnp.where(known, q * risk, 0))
+    cases = jnp.maximum(evidence.count.sum(), 1)
+    empirical = jnp.sum(evidence.count * risk) / cases
+    return robust - empirical, {**state, "q": q}
+
+  return Regularizer(init, penalty)
+
+
+def _scale(loss, known, gamma):
+  """tanh( (min_h L_h / L_g)^gamma ) [G], over the groups known."""
+  loss = jax.lax.stop_gradient(loss)
+  least = jnp.min(loss, where=known, initial=jnp.inf)
+  ratio = (least + SMOOTH) / (loss + SMOOTH)
+  return jnp.tanh(jnp.where(known, ratio, 1) ** gamma)
+
+
+def _per_case(scale, group):
+  """scale [G] of each case's group; the best group's where unknown [B]."""
+  rows = jnp.append(scale, jnp.tanh(1.0))
+  return rows[jnp.where(group < 0, len(scale), group)]
+
+
+def _febs(gamma: float, dice_weight: float, decay: float) -> Regularizer:
+  def penalty(evidence, state):
+    _, _, count, group, weight, dice, _, axis_name = evidence
+    plain = dice.loss()
+    loss, _ = group_risk(plain, group, weight, len(count), axis_name)
+    scale = _scale(*state.fill(loss, count), gamma)
+    fair = dice.scaled(_per_case(scale, group)).loss()
+    difference = weighted_mean(fair - plain, weight, axis_name)
+    return dice_weight * difference, state.update(loss, count, decay)
+
+  return Regularizer(lambda cases: RunningRisk.start(len(cases)), penalty)
+
+
+def _febs_published(gamma: float, dice_weight: float) -> Regularizer:
+  def penalty(evidence, state):
+    _, _, count, group, weight, dice, _, axis_name = evidence
+
+    def summed(terms):
+      return DiceTerms(
+        *(global_sum(x * weight[:, None], axis_name) for x in terms)
+      )
+
+    by_group = DiceTerms(
+      *(group_sum(x, group, weight, len(count), axis_name)[0] for x in dice)
+    )
+    present = count > 0
+    loss = jax.lax.stop_gradient(jnp.where(present, by_group.loss(), 0))
+    ratio = jnp.min(loss) / jnp.where(loss > 0, loss, 1)
+    scale = jnp.tanh(ratio**gamma)
+    fair = summed(dice.scaled(_per_case(scale, group))).loss()
+    plain = weighted_mean(dice.loss(), weight, axis_name)
+    return dice_weight * (fair - plain), state
+
+  return Regularizer(lambda cases: (), penalty)
+
+
+METHODS = (
+  "erm",
+  "variance",
+  "gap",
+  "worst",
+  "equity",
+  "mmd",
+  "group_dro",
+  "febs",
+  "febs_published",
+  "adversarial",
+)
+
+
+def make_regularizer(config, dice_weight: float = 1.0) -> Regularizer:
+  """Builds the method that a config names.
 
   Args:
-    name: 'none', 'variance', 'gap' or 'worst'.
-    temperature: tau of 'worst', in units of the loss; towards 0 it becomes
-      the worst group's excess over the mean.
+    config: `method`, and what the methods take: `temperature` (tau, in units
+      of the loss), `step_size` (eta) and `adjustment` (C) of group_dro,
+      `gamma` of febs, `decay` of running averages.
+    dice_weight: weight of Dice in the segmenter's loss.
 
   Raises:
-    ValueError: if `name` is unknown.
+    ValueError: if the method is unknown.
   """
-  penalties = {
-    "none": lambda risk, present: jnp.zeros((), risk.dtype),
-    "variance": _variance,
-    "gap": _gap,
-    "worst": lambda risk, present: _worst(risk, present, temperature),
+  nothing = _on_risks(lambda risk, known: jnp.zeros((), risk.dtype))
+  makers = {
+    "erm": lambda: nothing,
+    "variance": lambda: _on_risks(_variance),
+    "gap": lambda: _on_risks(_gap),
+    "worst": lambda: _on_risks(partial(_worst, temperature=config.temperature)),
+    "equity": lambda: _on_risks(_equity),
+    "mmd": lambda: Regularizer(lambda num_cases: (), _mmd),
+    "group_dro": lambda: _group_dro(config.step_size, config.adjustment),
+    "febs": lambda: _febs(config.gamma, dice_weight, config.decay),
+    "febs_published": lambda: _febs_published(config.gamma, dice_weight),
+    "adversarial": lambda: nothing,
+    "none": lambda: nothing,
   }
-  if name not in penalties:
+  if config.method not in makers:
     raise ValueError(
-      f"unknown fairness method {name!r}; use one of {', '.join(penalties)}"
+      f"unknown fairness method {config.method!r}; use one of"
+      f" {', '.join(METHODS)}"
     )
-  penalty = penalties[name]
-  return Regularizer(
-    init=lambda num_groups: (),
-    penalty=lambda risk, count, state: (penalty(risk, count > 0), state),
-  )
+  return makers[config.method]()

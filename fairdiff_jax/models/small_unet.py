@@ -17,7 +17,8 @@ from fairdiff_jax.models.unet import depth_to_space, space_to_depth
 class SmallUNet(nn.Module):
   """Images [B, H, W, 1] -> logits [B, H, W, num_classes].
 
-  H and W must be multiples of patch * 2 ** (len(channels) - 1).
+  H and W must be multiples of patch * 2 ** (len(channels) - 1). The deepest
+  level's mean [B, channels[-1]] is sown as intermediate 'features'.
   """
 
   channels: Sequence[int] = (16, 32, 48)
@@ -34,6 +35,7 @@ class SmallUNet(nn.Module):
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
       x = self._block(x, channels, f"down_{i}")
       skips.append(x)
+    self.sow("intermediates", "features", jnp.mean(x, axis=(1, 2)))
     for i in reversed(range(len(self.channels) - 1)):
       x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
       x = jnp.concatenate([x, skips[i]], axis=-1)

@@ -10,7 +10,9 @@ A batch has two parts: 'generation', real cases that teach the generators, and
 'segmentation', the mixture of real and synthetic cases that teaches the
 segmenter. The last term is agreement: the image generator's denoised image
 must show its mask to the segmenter; s_i, the signal's share of x_t, leaves
-out steps at which there is nothing yet to see.
+out steps at which there is nothing yet to see. Under the fairness method
+'adversarial' a fourth network adds its risk, the segmenter's features entering
+with a gradient of -lambda.
 
 Which networks are active is static. An inactive network is neither evaluated
 nor changed, so staged training, joint training and training a segmenter alone
@@ -20,18 +22,24 @@ are the same function.
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from fairdiff_jax.diffusion.samplers import example_keys
-from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
-from fairdiff_jax.fairness.risk import group_risk, weighted_mean
+from fairdiff_jax.fairness.regularizers import (
+  Evidence,
+  Regularizer,
+  make_regularizer,
+)
+from fairdiff_jax.fairness.risk import RunningRisk, group_risk, weighted_mean
+from fairdiff_jax.objectives.adversary import adversary_task, reverse
 from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.points import points_task
 from fairdiff_jax.objectives.segmentation import segmentation_task
 from fairdiff_jax.objectives.task import Task, Variables
 
-NETWORKS = ("points", "image", "segmenter")
+NETWORKS = ("points", "image", "segmenter", "adversary")
 
 
 class Objective(NamedTuple):
@@ -39,21 +47,45 @@ class Objective(NamedTuple):
 
   Attributes:
     tasks: task of every network, by name.
-    regularizer: fairness penalty.
+    regularizer: fairness method.
     weights: 'points', 'image', 'segmenter', 'fairness', 'agreement'.
+    decay: of the groups' running risks.
+    fill_absent: whether running risks stand in for groups that a batch lacks.
     group_names: names of the G groups.
   """
 
   tasks: dict[str, Task]
   regularizer: Regularizer
   weights: dict[str, float]
+  decay: float
+  fill_absent: bool
   group_names: tuple[str, ...]
+
+
+class FairnessState(flax.struct.PyTreeNode):
+  """What a run remembers of its groups.
+
+  Attributes:
+    running: the segmenter's running risk by group.
+    method: the regularizer's state.
+  """
+
+  running: RunningRisk
+  method: Any
+
+
+def init_fairness(objective: Objective, num_cases: jax.Array) -> FairnessState:
+  """The state before the first step, from training cases by group [G]."""
+  return FairnessState(
+    RunningRisk.start(len(num_cases)),
+    objective.regularizer.init(jnp.asarray(num_cases)),
+  )
 
 
 def make_objective(
   config,
   group_names: tuple[str, ...],
-  networks: tuple[str, ...] = NETWORKS,
+  networks: tuple[str, ...],
   axis_name: str | None = None,
 ) -> Objective:
   """Assembles the objective of a run's config, with some of its networks."""
@@ -62,12 +94,13 @@ def make_objective(
     "points": lambda: points_task(config.points, num_groups, axis_name),
     "image": lambda: image_task(config.image, num_groups),
     "segmenter": lambda: segmentation_task(config.segmenter),
+    "adversary": lambda: adversary_task(
+      config.fairness.adversary_width, config.segmenter.channels[-1], num_groups
+    ),
   }
   return Objective(
     tasks={name: makers[name]() for name in networks},
-    regularizer=make_regularizer(
-      config.fairness.method, config.fairness.temperature
-    ),
+    regularizer=make_regularizer(config.fairness, config.segmenter.dice_weight),
     weights={
       "points": config.objective.points,
       "image": config.objective.image,
@@ -75,6 +108,8 @@ def make_objective(
       "fairness": config.fairness.weight,
       "agreement": config.objective.agreement,
     },
+    decay=config.fairness.decay,
+    fill_absent=config.fairness.fill_absent,
     group_names=group_names,
   )
 
@@ -100,7 +135,7 @@ def joint_objective(
   params: dict[str, Any],
   batch_stats: dict[str, Any],
   frozen: dict[str, Any],
-  fairness: Any,
+  fairness: FairnessState,
   batch: dict[str, dict[str, jax.Array]],
   key: jax.Array,
   *,
@@ -114,7 +149,7 @@ def joint_objective(
     params: by network; only active networks need be there.
     batch_stats: by network.
     frozen: by network.
-    fairness: the regularizer's state.
+    fairness: what is remembered of the groups.
     batch: 'generation' and 'segmentation' cases, each a dict of image
       [B, H, W, 1], mask [B, H, W], group [B], weight [B] (and points
       [B, N, 3] for generation).
@@ -157,12 +192,37 @@ def joint_objective(
       len(objective.group_names),
       axis_name,
     )
-    penalty, fairness = objective.regularizer.penalty(risk, count, fairness)
-    total += weights["segmenter"] * mean + weights["fairness"] * penalty
-    metrics |= {"loss/segmenter": mean, "loss/fairness": penalty}
     for g, group_name in enumerate(objective.group_names):
       # An absent group has no risk: NaN is written as null, never averaged.
       metrics[f"risk/{group_name}"] = jnp.where(count[g] > 0, risk[g], jnp.nan)
+    known = count > 0
+    if objective.fill_absent:
+      risk, known = fairness.running.fill(risk, count)
+    penalty, method = objective.regularizer.penalty(
+      Evidence(
+        risk,
+        known,
+        count,
+        part["group"],
+        part["weight"],
+        aux["segmenter"]["dice"],
+        aux["segmenter"]["features"],
+        axis_name,
+      ),
+      fairness.method,
+    )
+    total += weights["segmenter"] * mean + weights["fairness"] * penalty
+    metrics |= {"loss/segmenter": mean, "loss/fairness": penalty}
+    running = fairness.running.update(risk, count, objective.decay)
+    fairness = FairnessState(running, method)
+
+  if "adversary" in active:
+    features = reverse(aux["segmenter"]["features"], weights["fairness"])
+    part = {**batch["segmentation"], "features": features}
+    losses, aux["adversary"] = evaluate("adversary", part, params["adversary"])
+    known = part["weight"] * (part["group"] >= 0)
+    metrics["loss/adversary"] = weighted_mean(losses, known, axis_name)
+    total += metrics["loss/adversary"]
 
   if {"image", "segmenter"} <= set(active) and weights["agreement"]:
     part = {**batch["generation"], "image": aux["image"]["x0"]}

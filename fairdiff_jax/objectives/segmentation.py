@@ -11,30 +11,25 @@ loss per case and so no risk per group.
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.fairness.regularizers import DiceTerms
 from fairdiff_jax.models.small_unet import SmallUNet
 from fairdiff_jax.objectives.task import Task
 
 NUM_CLASSES = 3  # background, rim, cup
 
 
-def segmentation_loss(
-  logits: jax.Array,
-  label: jax.Array,
-  *,
-  cross_entropy_weight: float,
-  dice_weight: float,
-) -> jax.Array:
-  """Loss per case [B] from logits [B, H, W, C] and labels int32 [B, H, W]."""
-  logits = logits.astype(jnp.float32)
-  log_p = jax.nn.log_softmax(logits)
+def dice_terms(logits: jax.Array, label: jax.Array) -> DiceTerms:
+  """Sums over pixels from logits [B, H, W, C] and labels int32 [B, H, W]."""
+  p = jax.nn.softmax(logits)
   y = jax.nn.one_hot(label, logits.shape[-1])
-  cross_entropy = -jnp.mean(jnp.sum(y * log_p, axis=-1), axis=(1, 2))
-  p = jnp.exp(log_p)
-  smooth = 1e-5
-  overlap = jnp.sum(p * y, axis=(1, 2))
-  size = jnp.sum(p**2, axis=(1, 2)) + jnp.sum(y**2, axis=(1, 2))
-  dice = jnp.mean(1 - (2 * overlap + smooth) / (size + smooth), axis=-1)
-  return cross_entropy_weight * cross_entropy + dice_weight * dice
+  return DiceTerms(*(jnp.sum(x, axis=(1, 2)) for x in (p * y, p**2, y**2)))
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Mean over pixels [B] from logits [B, H, W, C], labels int32 [B, H, W]."""
+  y = jax.nn.one_hot(label, logits.shape[-1])
+  log_p = jax.nn.log_softmax(logits)
+  return -jnp.mean(jnp.sum(y * log_p, axis=-1), axis=(1, 2))
 
 
 def segmentation_task(config) -> Task:
@@ -44,8 +39,9 @@ def segmentation_task(config) -> Task:
     config: `channels`, `patch`, `cross_entropy_weight`, `dice_weight`.
 
   Returns:
-    A task whose `risk` aux holds 'logits' [B, H, W, 3], and whose `sample`
-    maps (variables, images [B, H, W, 1]) to labels int32 [B, H, W].
+    A task whose `risk` aux holds 'dice' terms [B, 3] and pooled 'features'
+    [B, F], and whose `sample` maps (variables, images [B, H, W, 1]) to labels
+    int32 [B, H, W].
   """
   module = SmallUNet(
     tuple(config.channels), num_classes=NUM_CLASSES, patch=config.patch
@@ -56,10 +52,14 @@ def segmentation_task(config) -> Task:
     height, width = image.shape[1:3]
     # Deeper levels halve the image; sizes that do not divide are padded.
     pad = ((0, 0), (0, -height % size), (0, -width % size), (0, 0))
-    logits = module.apply(
-      {"params": variables.params}, jnp.pad(image, pad, "edge"), train
+    logits, sown = module.apply(
+      {"params": variables.params},
+      jnp.pad(image, pad, "edge"),
+      train,
+      mutable="intermediates",
     )
-    return logits[:, :height, :width]
+    (features,) = sown["intermediates"]["features"]
+    return logits[:, :height, :width].astype(jnp.float32), features
 
   def init(key):
     image = jnp.zeros((1, size, size, 1))
@@ -67,16 +67,13 @@ def segmentation_task(config) -> Task:
 
   def risk(variables, batch, keys, train):
     del keys
-    logits = apply(variables, batch["image"], train)
-    losses = segmentation_loss(
-      logits,
-      batch["mask"],
-      cross_entropy_weight=config.cross_entropy_weight,
-      dice_weight=config.dice_weight,
-    )
-    return losses, {"batch_stats": {}, "logits": logits}
+    logits, features = apply(variables, batch["image"], train)
+    dice = dice_terms(logits, batch["mask"])
+    losses = config.dice_weight * dice.loss()
+    losses += config.cross_entropy_weight * cross_entropy(logits, batch["mask"])
+    return losses, {"batch_stats": {}, "dice": dice, "features": features}
 
   def sample(variables, image):
-    return jnp.argmax(apply(variables, image, False), axis=-1)
+    return jnp.argmax(apply(variables, image, False)[0], axis=-1)
 
   return Task(init, risk, sample)

@@ -24,15 +24,19 @@ def make_refill(run: Setup) -> Callable[..., Synthetic]:
   """Compiles the generators of a run's bank.
 
   Returns:
-    (state, step, quota [G], directory) -> the bank's cases, the same on every
-    host: read if the directory is there, else generated from the state's
-    averages and written.
+    (state, step, sizes [G], quota [G], directory) -> the bank's cases, the
+    same on every host: read if the directory is there, else generated from
+    the state's averages and written.
   """
   generate = make_generator(run)
   first_host = jax.process_index() == 0
 
   def refill(
-    state: TrainState, step: int, quota: np.ndarray, directory: Path
+    state: TrainState,
+    step: int,
+    sizes: np.ndarray,
+    quota: np.ndarray,
+    directory: Path,
   ) -> Synthetic:
     if not directory.exists():
       group = np.repeat(np.arange(len(quota), dtype=np.int32), quota)
@@ -51,23 +55,31 @@ def make_refill(run: Setup) -> Callable[..., Synthetic]:
         )
       ]
       if first_host:
+        if not chunks:
+          empty = np.empty((0, *run.config.data.size), np.uint8)
+          chunks = [Generated(empty, empty, np.empty(0, int))]
         cases = Generated(*map(np.concatenate, zip(*chunks, strict=True)))
         facts = {"synthetic": True, "step": step, "seed": seed}
-        _write(directory, cases, group, run.objective.group_names, facts)
+        names = run.objective.group_names
+        _write(directory, cases, group, sizes, names, facts)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"bank {step}")
     with np.load(directory / "cases.npz", allow_pickle=False) as cases:
-      return Synthetic(cases["image"], cases["mask"], cases["group"])
+      return Synthetic(*(cases[field] for field in Synthetic._fields))
 
   return refill
 
 
-def _write(directory, cases, group, names, facts):
+def _write(directory, cases, group, sizes, names, facts):
   temporary = directory.with_name("tmp_" + directory.name)
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   np.savez_compressed(
-    temporary / "cases.npz", image=cases.image, mask=cases.mask, group=group
+    temporary / "cases.npz",
+    image=cases.image,
+    mask=cases.mask,
+    group=group,
+    sizes=sizes,
   )
   with (temporary / "manifest.jsonl").open("w") as file:
     for i, g in enumerate(group):

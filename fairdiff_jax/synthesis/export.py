@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import npz
-from fairdiff_jax.data.attributes import group_code, group_name
+from fairdiff_jax.data.attributes import attributes_of, group_code
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import fingerprint, restore_inference
 from fairdiff_jax.training.loop import setup
@@ -54,7 +54,7 @@ def export(
   out = Path(out)
   config = configs.load(workdir)
   attribute = config.data.attribute
-  wanted = parse_counts(counts, attribute)
+  wanted = parse_counts(counts, attribute, config.data.pooled)
   run = setup(config)
   if not {"points", "image"} <= run.objective.tasks.keys():
     raise ValueError(
@@ -101,9 +101,8 @@ def export(
         paths[chunk], group[chunk], *cases, strict=True
       ):
         image, mask, attempts = case
-        npz.write_case(
-          path, image, mask, {attribute: code}, synthetic=1, attempts=attempts
-        )
+        codes = attributes_of(attribute, names[code])
+        npz.write_case(path, image, mask, codes, synthetic=1, attempts=attempts)
   if first_host:
     samplers = {
       "points": {"num_steps": config.points.num_steps},
@@ -111,7 +110,8 @@ def export(
         key: config.image[key] for key in ("sample_steps", "eta", "guidance")
       },
     }
-    _describe(out, paths, group, request | {"sampler": samplers})
+    groups = [names[code] for code in group]
+    _describe(out, paths, groups, request | {"sampler": samplers})
     npz.write_atomically(
       out / "contact_sheet.png",
       _contact_sheet(
@@ -125,7 +125,9 @@ def export(
     )
 
 
-def parse_counts(counts: Sequence[str], attribute: str) -> dict[int, int]:
+def parse_counts(
+  counts: Sequence[str], attribute: str, pooled: Sequence[str] = ()
+) -> dict[int, int]:
   """Reads ['Asian=64', ...] as {code: cases}, in the order of codes.
 
   Raises:
@@ -143,7 +145,7 @@ def parse_counts(counts: Sequence[str], attribute: str) -> dict[int, int]:
       raise ValueError(
         f"counts hold {text!r}, which is not GROUP=CASES, such as Asian=64"
       ) from None
-    code = group_code(attribute, name)
+    code = group_code(attribute, name, pooled)
     if code in wanted:
       raise ValueError(f"counts name {name} twice; add the two up")
     if count < 1:
@@ -180,19 +182,19 @@ def _check_directory(out: Path, request: dict[str, Any]) -> None:
 
 
 def _describe(
-  out: Path, paths: Sequence[Path], group: np.ndarray, facts: dict[str, Any]
+  out: Path, paths: Sequence[Path], groups: Sequence[str], facts: dict[str, Any]
 ) -> None:
   """Writes data_summary.csv and manifest.jsonl."""
   attribute = facts["attribute"]
   del facts["counts"]
   rows, lines = [], []
-  for number, (path, code) in enumerate(zip(paths, group, strict=True)):
+  for number, (path, group) in enumerate(zip(paths, groups, strict=True)):
     with np.load(path, allow_pickle=False) as case:
       attempts = int(case["attempts"])
     rows.append(
       {
         "filename": path.name,
-        attribute: int(code),
+        **attributes_of(attribute, group),
         "use": "training",
         "synthetic": 1,
       }
@@ -201,7 +203,7 @@ def _describe(
       {
         "file": path.name,
         "synthetic": True,
-        "group": group_name(attribute, int(code)),
+        "group": group,
         "number": number,
         "attempts": attempts,
       }

@@ -21,11 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from fairdiff_jax.config import claim, config_hash
-from fairdiff_jax.data import statistics
-from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data import attributes, statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Pool, Prefetcher, draw, make_batch
 from fairdiff_jax.data.mixture import (
+  group_sizes,
   powered_pool,
   synthetic_quota,
   training_pool,
@@ -38,7 +38,12 @@ from fairdiff_jax.training.checkpoint import (
   join,
 )
 from fairdiff_jax.training.journal import Journal
-from fairdiff_jax.training.mesh import host_slice, make_mesh, tree_shardings
+from fairdiff_jax.training.mesh import (
+  host_slice,
+  make_mesh,
+  to_host,
+  tree_shardings,
+)
 from fairdiff_jax.training.optimizer import make_optimizer
 from fairdiff_jax.training.step import (
   AXIS,
@@ -52,11 +57,19 @@ STREAMS = {"generation": 0, "segmentation": 1, "pools": 2}
 
 
 class Synthetic(NamedTuple):
-  """Synthetic cases: image and mask uint8 [m, H, W], group int32 [m]."""
+  """Synthetic cases, and the mixture that they were made for.
+
+  Attributes:
+    image: uint8 [m, H, W].
+    mask: uint8 [m, H, W].
+    group: int32 [m].
+    sizes: cases of every group in an epoch [G].
+  """
 
   image: np.ndarray
   mask: np.ndarray
   group: np.ndarray
+  sizes: np.ndarray
 
 
 class Setup(NamedTuple):
@@ -67,27 +80,29 @@ class Setup(NamedTuple):
   optimizer: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState  # shapes and shardings of the state
-  init: Callable[[Any], TrainState]  # statistics -> the initial state
+  # (statistics, training cases of every group [G]) -> the initial state
+  init: Callable[[Any, np.ndarray], TrainState]
 
 
-def group_names(config) -> tuple[str, ...]:
-  """Names of the groups that `config.data.attribute` tells apart."""
-  try:
-    return ATTRIBUTES[config.data.attribute]
-  except KeyError:
-    raise ValueError(
-      f"unknown data.attribute {config.data.attribute!r}; use one of"
-      f" {', '.join(ATTRIBUTES)}"
-    ) from None
+def case_groups(config, cases: Cases) -> np.ndarray:
+  """Each case's group [n], -1 for unknown."""
+  return attributes.group_codes(
+    config.data.attribute, cases.attributes, config.data.pooled
+  )
+
+
+def learning_steps(config, name: str) -> tuple[int, int]:
+  """The steps (from, to) in which a network learns."""
+  if name == "adversary":
+    used = config.fairness.method == "adversarial"
+    return config.train.segmenter if used else (0, 0)
+  return config.train[name]
 
 
 def active_networks(config, step: int) -> tuple[str, ...]:
   """The networks that learn at a step."""
-  return tuple(
-    name
-    for name in NETWORKS
-    if config.train[name][0] <= step < config.train[name][1]
-  )
+  spans = {name: learning_steps(config, name) for name in NETWORKS}
+  return tuple(n for n, (start, stop) in spans.items() if start <= step < stop)
 
 
 def bank_step(config, step: int) -> int | None:
@@ -107,10 +122,10 @@ def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
     config: the run's config.
     devices: the mesh's devices; None for all of all hosts.
   """
-  names = group_names(config)
+  names = attributes.group_names(config.data.attribute, config.data.pooled)
   axis_name = AXIS if config.parallel.compile == "pmap" else None
-  num_updates = {n: config.train[n][1] - config.train[n][0] for n in NETWORKS}
-  num_updates = {n: count for n, count in num_updates.items() if count > 0}
+  spans = {name: learning_steps(config, name) for name in NETWORKS}
+  num_updates = {n: b - a for n, (a, b) in spans.items() if b > a}
   objective = make_objective(config, names, tuple(num_updates), axis_name)
   optimizer = make_optimizer(config.optimizer, num_updates)
   mesh = make_mesh(config.parallel.fsdp, devices)
@@ -121,7 +136,11 @@ def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
     optimizer=optimizer,
   )
   abstract = describe(
-    partial(init, _constants(statistics.shapes(len(names)), objective)),
+    partial(
+      init,
+      _constants(statistics.shapes(len(names)), objective),
+      np.zeros(len(names), np.float32),
+    ),
     lambda tree: tree_shardings(tree, mesh, config.parallel.rules),
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -174,7 +193,7 @@ class _Pools:
   def __init__(self, config, cases: Cases, group_names: tuple[str, ...]):
     self._config = config
     self._cases = cases
-    self._group = cases.attributes[config.data.attribute]
+    self._group = case_groups(config, cases)
     self._group_names = group_names
     self._rng = lambda n: np.random.default_rng(
       [config.seed, STREAMS["pools"], n]
@@ -188,34 +207,48 @@ class _Pools:
       powered_pool(self._rng(0), self._group, config.train.generation_power),
     )
     self.segmentation = None
-    self.quota = np.zeros(len(group_names), int)
-    if config.fairness.strategy == "equal_scale":
-      self.quota = synthetic_quota(
-        self._group,
-        len(group_names),
-        size=config.fairness.group_size,
-        real_share=config.fairness.real_share,
-      )
+    self._synthetic = config.fairness.strategy == "equal_scale"
     if config.train.segmenter[0] < config.train.segmenter[1]:
       host_slice(config.train.segmentation_batch)
-      self._epoch(np.empty(0, np.int32))
+      self._epoch(np.empty(0, np.int32), self.demand()[0])
 
-  def _epoch(self, synthetic_group):
+  def demand(self, risk: np.ndarray | None = None):
+    """Cases of every group in an epoch, and how many of them are synthetic.
+
+    Args:
+      risk: running risk of the groups [G].
+
+    Returns:
+      (sizes [G], quota [G]).
+    """
+    fairness, number = self._config.fairness, len(self._group_names)
+    sizes = group_sizes(
+      self._group,
+      number,
+      size=fairness.group_size,
+      risk=risk,
+      tilt=fairness.tilt if self._synthetic else 0,
+    )
+    if not self._synthetic:
+      return sizes, np.zeros(number, int)
+    return sizes, synthetic_quota(self._group, sizes, fairness.real_share)
+
+  def _epoch(self, synthetic_group, sizes):
     return training_pool(
       self._rng(1),
       self._config.fairness.strategy,
       self._group,
       synthetic_group,
       self._group_names,
-      size=self._config.fairness.group_size,
+      sizes,
     )
 
   def mix(self, synthetic: Synthetic | None):
     """Makes the segmenter's pool from real cases and the bank."""
-    shape = self._cases.image.shape[1:]
     if synthetic is None:
-      empty = np.empty((0, *shape), np.uint8)
-      synthetic = Synthetic(empty, empty, np.empty(0, np.int32))
+      empty = np.empty((0, *self._cases.image.shape[1:]), np.uint8)
+      group = np.empty(0, np.int32)
+      synthetic = Synthetic(empty, empty, group, self.demand()[0])
     self.segmentation = Pool(
       self._cases.name
       + [f"synthetic_{i}" for i in range(len(synthetic.group))],
@@ -223,7 +256,7 @@ class _Pools:
       np.concatenate([self._cases.mask, synthetic.mask]),
       np.concatenate([self._group, synthetic.group]),
       np.empty((len(self._group) + len(synthetic.group), 0, 3), np.float32),
-      self._epoch(synthetic.group),
+      self._epoch(synthetic.group, synthetic.sizes),
     )
 
   def _parts(self, step):
@@ -330,8 +363,9 @@ def train(
     config: the run's config.
     workdir: the run's directory, shared by all hosts.
     cases: training cases.
-    make_refill: setup -> ((state, step, quota [G], directory) -> Synthetic),
-      which generates a bank or reads it back; None for runs without a bank.
+    make_refill: setup -> ((state, step, sizes [G], quota [G], directory) ->
+      Synthetic), which generates a bank or reads it back; None for runs
+      without a bank.
     name: what the progress bar calls the run.
 
   Returns:
@@ -353,13 +387,15 @@ def train(
   restored = checkpoints.restore(run.abstract, ("inference", "training"))
   if restored is None:
     start = 0
+    group = case_groups(config, cases)
+    number = len(run.objective.group_names)
     stats = statistics.compute(
-      cases,
-      cases.attributes[config.data.attribute],
-      len(run.objective.group_names),
-      intensity_prior=config.image.intensity_prior,
+      cases, group, number, intensity_prior=config.image.intensity_prior
     )
-    state = run.init(_constants(stats, run.objective))
+    counts = np.bincount(group[group >= 0], minlength=number)
+    state = run.init(
+      _constants(stats, run.objective), counts.astype(np.float32)
+    )
   else:
     start, state = restored[0], join(restored[1])
   total = config.train.steps
@@ -408,14 +444,16 @@ def train(
         settle()
         bank = bank_step(config, step)
         synthetic = None
-        if bank is not None and pools.quota.any():
-          directory = workdir / "bank" / bank_name(bank)
-          if step != bank and not directory.exists():
-            raise FileNotFoundError(
-              f"{directory}, named by the checkpoint of step {step}, is"
-              " missing; put it back or remove that checkpoint"
-            )
-          synthetic = refill(state, bank, pools.quota, directory)
+        if bank is not None:
+          sizes, quota = pools.demand(to_host(state.fairness.running.risk))
+          if quota.any() or config.fairness.tilt:
+            directory = workdir / "bank" / bank_name(bank)
+            if step != bank and not directory.exists():
+              raise FileNotFoundError(
+                f"{directory}, named by the checkpoint of step {step}, is"
+                " missing; put it back or remove that checkpoint"
+              )
+            synthetic = refill(state, bank, sizes, quota, directory)
         pools.mix(synthetic)
       following = step + 1
       # The batches after a refill are not known before it.

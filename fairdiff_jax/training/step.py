@@ -17,7 +17,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fairdiff_jax.objectives.joint import NETWORKS, Objective, joint_objective
+from fairdiff_jax.objectives.joint import (
+  NETWORKS,
+  FairnessState,
+  Objective,
+  init_fairness,
+  joint_objective,
+)
 from fairdiff_jax.training.mesh import BATCH, put_batch
 
 AXIS = "batch"  # the mapped axis under pmap
@@ -34,7 +40,7 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: by network.
     frozen: by network.
     opt_state: by network.
-    fairness: the regularizer's state.
+    fairness: what is remembered of the groups.
   """
 
   step: jax.Array
@@ -44,12 +50,13 @@ class TrainState(flax.struct.PyTreeNode):
   batch_stats: dict[str, Any]
   frozen: dict[str, Any]
   opt_state: Any
-  fairness: Any
+  fairness: FairnessState
 
 
 def init_state(
   key: jax.Array,
   frozen: dict[str, Any],
+  num_cases: jax.Array,
   *,
   objective: Objective,
   optimizer: optax.GradientTransformation,
@@ -67,7 +74,7 @@ def init_state(
     batch_stats=batch_stats,
     frozen=jax.tree.map(jnp.asarray, frozen),
     opt_state=optimizer.init(params),
-    fairness=objective.regularizer.init(len(objective.group_names)),
+    fairness=init_fairness(objective, num_cases),
   )
 
 

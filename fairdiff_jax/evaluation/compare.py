@@ -1,0 +1,528 @@
+"""Comparison of methods: what a study says with several runs, and seeds.
+
+A *method* is one config; runs that differ only in their seed are its seeds.
+`group_runs` finds the methods among runs, `compare_runs` reads the runs'
+`report/cases.csv` and writes `comparison.csv` (every measure, one figure a
+row), `comparison.md` (Dice, for a README) and `index.html` (the same and a
+chart; no script, nothing loaded).
+
+Tests are paired by test case. With several seeds a figure is its mean over
+the seeds, beside its standard deviation; intervals and tests are of each
+case's mean over the seeds, so that they hold the chance of the test cases,
+not that of the seeds.
+"""
+
+import csv
+import itertools
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from fairdiff_jax import config as configs
+from fairdiff_jax.evaluation import report, segmentation
+from fairdiff_jax.fairness import metrics, uncertainty
+
+LEVEL = 0.95  # of intervals
+MARKERS = "os^vP*"
+KEYS = ("method", "class", "measure", "figure", "group")
+VALUES = (
+  *("n", "n_seeds", "value", "sd", "low", "high"),
+  *("difference", "difference_low", "difference_high"),
+  *("p", "p_holm", "p_wilcoxon", "p_wilcoxon_holm", "share"),
+)
+SCORES = [(c, m) for c in segmentation.CLASSES for m in segmentation.MEASURES]
+SCORES += [("cup_to_disc", "error")]
+
+Cell = tuple[str, str]  # a text, and one that explains it
+# (method, class, measure, figure, group) -> VALUES, those that it has
+Rows = dict[tuple[str, str, str, str, str], dict[str, float]]
+
+
+def group_runs(
+  runs: Sequence[str | Path], names: Sequence[str] | None = None
+) -> dict[str, list[Path]]:
+  """Sorts runs into methods: runs of one config apart from its seed.
+
+  A method is called as its runs' directories are without a trailing `_N` or
+  `_seedN`; where these differ, by fairness method and data strategy.
+
+  Args:
+    runs: Work directories.
+    names: What to call the methods, in the order of their first runs.
+
+  Returns:
+    Name -> its runs, in the order given.
+
+  Raises:
+    FileNotFoundError: A directory holds no run.
+    ValueError: No run, two of one config and seed, or names that do not fit.
+  """
+  methods: dict[str, dict[int, Path]] = {}
+  for run in map(Path, runs):
+    config = configs.load(run)
+    seed = config.seed
+    with config.unlocked():
+      config.seed = 0
+    seeds = methods.setdefault(configs.config_hash(config), {})
+    if seed in seeds:
+      raise ValueError(f"{seeds[seed]} and {run} have one config and seed")
+    seeds[seed] = run
+  members = [list(seeds.values()) for seeds in methods.values()]
+  found = [_name(runs) for runs in members]
+  chosen = list(names or found)
+  if len(chosen) != len(found) or len(set(chosen)) != len(chosen):
+    raise ValueError(
+      f"{len(found)} methods ({'; '.join(found)}) want as many different names,"
+      f" got {', '.join(chosen)}; give them by --names"
+    )
+  return dict(zip(chosen, members, strict=True))
+
+
+def _name(runs: Sequence[Path]) -> str:
+  stems = {re.sub(r"_(seed)?\d+$", "", run.resolve().name) for run in runs}
+  if len(stems) == 1:
+    return stems.pop()
+  fairness = configs.load(runs[0]).fairness
+  return f"{fairness.method}, {fairness.strategy}".replace("_", " ")
+
+
+def read_cases(run: str | Path) -> dict[str, np.ndarray]:
+  """Columns `[n]` of a run's `report/cases.csv`, as `per_case` made them.
+
+  It is the table of the run's own model; its baseline is in another.
+
+  Raises:
+    FileNotFoundError: The run has no such table.
+    ValueError: The table is empty, or lacks columns or numbers.
+  """
+  path = Path(run) / "report" / "cases.csv"
+  remedy = f"make it with: python launch/evaluate.py --workdir {run}"
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist; {remedy}")
+  with open(path, newline="", encoding="utf-8") as file:
+    rows = list(csv.DictReader(file))
+  if not rows:
+    raise ValueError(f"{path} holds no case; {remedy}")
+  try:
+    columns = {k: np.array([row[k] for row in rows]) for k in ("name", "group")}
+    for key in map("_".join, SCORES):
+      cells = [row[key] for row in rows]
+      columns[key] = np.array([float("nan" if c == "" else c) for c in cells])
+  except KeyError as error:
+    raise ValueError(f"{path} has no column {error}; {remedy}") from error
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+  return columns
+
+
+def _check_paired(tables: Mapping[Path, segmentation.Columns]) -> None:
+  (first, expected), *others = (
+    (run, [f"{n} ({g})" for n, g in zip(c["name"], c["group"], strict=True)])
+    for run, c in tables.items()
+  )
+  for run, cases in others:
+    pairs = itertools.zip_longest(expected, cases, fillvalue="absent")
+    for number, (a, b) in enumerate(pairs, 1):
+      if a != b:
+        raise ValueError(
+          f"{first} and {run} were not tested on the same cases: case {number}"
+          f" is {a} in the one, {b} in the other"
+        )
+
+
+def _figures(summary: Mapping, key: str | None = None) -> dict:
+  """(figure, group) -> the value, from `summarize` or `uncertainty`."""
+  figures = {
+    (f, ""): summary[f] for f in ("overall", "es", "gap") if f in summary
+  }
+  for name, value in summary["groups"].items():
+    figures["group", name] = value[key] if key else value
+  return figures
+
+
+def _measure(
+  values: np.ndarray,
+  reference: np.ndarray | None,
+  group: np.ndarray,
+  names: Sequence[str],
+  lower_is_better: bool,
+) -> dict[tuple[str, str], dict[str, float]]:
+  """Every figure of one measure of one method.
+
+  Args:
+    values: `[s, n]`, one a seed and case, NaN where undefined.
+    reference: `[r, n]` of the method to compare with, if any.
+    group: `[n]` index into `names`, -1 unknown.
+    names: Names of the groups.
+    lower_is_better: True for distances and errors.
+
+  Returns:
+    (figure, group) -> `VALUES` but the share.
+  """
+  arguments = (group, names)
+  options = {"lower_is_better": lower_is_better}
+  seeds = [
+    _figures(metrics.summarize(v, *arguments, **options), "mean")
+    for v in values
+  ]
+  mean = _over_seeds(values)
+  counts = metrics.summarize(mean, *arguments, **options)
+  bounds = _figures(
+    uncertainty.intervals(mean, *arguments, level=LEVEL, **options)
+  )
+  rows = {}
+  for key, (low, high) in bounds.items():
+    over = uncertainty.over_seeds([figures[key] for figures in seeds])
+    rows[key] = dict.fromkeys(VALUES, math.nan) | {
+      "n": counts["groups"][key[1]]["n"] if key[1] else counts["n"],
+      "n_seeds": len(values),
+      "value": over["mean"],
+      "sd": over["sd"],
+      "low": low,
+      "high": high,
+    }
+  means = {k: r["value"] for k, r in rows.items() if k[1] and r["n"]}
+  if means:
+    key = (max if lower_is_better else min)(means, key=means.get)
+    rows["worst", key[1]] = dict(rows[key])
+  if reference is not None:
+    tests = uncertainty.compare(
+      _over_seeds(reference), mean, *arguments, level=LEVEL, **options
+    )
+    for key, test in _figures(tests).items():
+      rows[key] |= {
+        "difference": test["difference"],
+        "difference_low": test["low"],
+        "difference_high": test["high"],
+        "p": test["p_bootstrap" if key[1] else "p"],
+        "p_holm": test.get("p_bootstrap_holm", math.nan),
+        "p_wilcoxon": test.get("p_wilcoxon", math.nan),
+        "p_wilcoxon_holm": test.get("p_wilcoxon_holm", math.nan),
+      }
+  return rows
+
+
+def _rows(
+  cases: Mapping[str, Sequence[segmentation.Columns]], reference: str
+) -> Rows:
+  """Every figure of every measure of every method."""
+  columns = cases[reference][0]
+  names = list(segmentation.groups(columns))
+  index = {name: i for i, name in enumerate(names)}
+  group = np.array([index.get(g, -1) for g in columns["group"].tolist()])
+  rows: Rows = {}
+  for method, seeds in tqdm(cases.items(), desc="methods", unit="method"):
+    for cls, measure in SCORES:
+      column = f"{cls}_{measure}"
+      against = None
+      if method != reference:
+        against = np.stack([c[column] for c in cases[reference]])
+      figures = _measure(
+        np.stack([c[column] for c in seeds]),
+        against,
+        group,
+        names,
+        measure in segmentation.LOWER_IS_BETTER,
+      )
+      for key, row in figures.items():
+        rows[(method, cls, measure, *key)] = row
+  return rows
+
+
+def _over_seeds(values: np.ndarray) -> np.ndarray:
+  """`[s, n]` -> `[n]`: each case's mean over the seeds that define it."""
+  return np.ma.masked_invalid(values).mean(0).filled(np.nan)
+
+
+def _add_shares(rows: Rows, methods: Iterable[str], ends: Sequence[str]):
+  """Shares of the distance of ES-Dice between two methods, where it is > 0."""
+  for cls, method in itertools.product(segmentation.CLASSES, methods):
+    key = (cls, "dice", "es", "")
+    start, stop = (rows[(end, *key)]["value"] for end in ends)
+    if stop > start:
+      row = rows[(method, *key)]
+      row["share"] = (row["value"] - start) / (stop - start)
+
+
+def _points(value: float, sign: str = "") -> str:
+  """Times 100 with one decimal, as text."""
+  if math.isnan(value):
+    return "–"
+  return f"{100 * value:{sign}z.1f}".replace("-", "−")
+
+
+def _p(value: float) -> str:
+  if math.isnan(value):
+    return "p –"
+  return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _value_cell(row: Mapping[str, float]) -> Cell:
+  value = _points(row["value"])
+  if row["n_seeds"] > 1:
+    value += f" ± {_points(row['sd'])}"
+  return value, f"{_points(row['low'])} to {_points(row['high'])}"
+
+
+def _difference_cell(row: Mapping[str, float]) -> Cell:
+  low, high = (
+    _points(row[f"difference_{end}"], "+") for end in ("low", "high")
+  )
+  p = row["p"] if math.isnan(row["p_holm"]) else row["p_holm"]
+  return _points(row["difference"], "+"), f"{low} to {high}; {_p(p)}"
+
+
+def _worst_cell(figures: Mapping[tuple[str, str], dict]) -> Cell:
+  for (figure, group), row in figures.items():
+    if figure == "worst":
+      value, interval = _value_cell(row)
+      return f"{group} {value}", interval
+  return "–", ""
+
+
+def _dice(rows: Rows, cls: str) -> dict[str, dict[tuple[str, str], dict]]:
+  """Method -> (figure, group) -> `VALUES` of the Dice of one class."""
+  result: dict[str, dict] = {}
+  for (method, *of, figure, group), row in rows.items():
+    if of == [cls, "dice"]:
+      result.setdefault(method, {})[figure, group] = row
+  return result
+
+
+def _tables(
+  rows: Rows,
+  cls: str,
+  groups: Mapping[str, int],
+  reference: str,
+  ceiling: str | None,
+) -> dict[str, list[list[Cell]]]:
+  """Title -> rows, head first, of cells."""
+  titles = {("overall", ""): ("All cases", "")}
+  titles |= {("group", name): (name, f"n={n}") for name, n in groups.items()}
+  titles |= {("es", ""): ("ES-Dice", ""), ("gap", ""): ("Gap", "")}
+  values = [
+    [("Method", ""), ("Seeds", ""), *titles.values(), ("Worst group", "")]
+  ]
+  differences = [[("Method", ""), *titles.values()]]
+  if ceiling:
+    differences[0].append(("Share closed", ""))
+  for method, of in _dice(rows, cls).items():
+    seeds = str(of["overall", ""]["n_seeds"])
+    values.append([(method, ""), (seeds, "")])
+    values[-1] += [_value_cell(of[key]) for key in titles]
+    values[-1].append(_worst_cell(of))
+    if method != reference:
+      differences.append([(method, "")])
+      differences[-1] += [_difference_cell(of[key]) for key in titles]
+      if ceiling:
+        differences[-1].append((_points(of["es", ""]["share"]), ""))
+  tables = {f"{cls.title()}, Dice": values}
+  if len(differences) > 1:
+    tables[f"{cls.title()}, Dice less that of {reference}"] = differences
+  return tables
+
+
+def _warning(groups: Mapping[str, int]) -> str:
+  few = [k for k, n in groups.items() if n < uncertainty.MIN_CASES]
+  if not few:
+    return ""
+  return (
+    f"Warning: fewer than {uncertainty.MIN_CASES} test cases of"
+    f" {', '.join(few)}; read these groups, and gap and ES-Dice, with care."
+  )
+
+
+def _notes(
+  groups: Mapping[str, int], n: int, reference: str, ceiling: str | None
+) -> list[str]:
+  """What a reader must know of the tables."""
+  sizes = ", ".join(f"{name} {count}" for name, count in groups.items())
+  if unknown := n - sum(groups.values()):
+    sizes += f", {segmentation.UNKNOWN} {unknown}"
+  notes = [
+    f"Dice times 100 on {n} test cases ({sizes}). With several seeds: mean over"
+    " the seeds ± standard deviation over the seeds.",
+    f"Intervals ({100 * LEVEL:.0f} %) are bootstrapped over the test cases,"
+    " of each case's mean over the seeds. They hold the chance of the test"
+    " cases, not that of the seeds.",
+    "ES-Dice and gap can lie near or past an end of their interval: intervals"
+    " are corrected for the noise of the group means, the figures are not, and"
+    " both figures of the cases' means differ from their means over seeds.",
+    f"Differences are to {reference}, paired by test case, of each case's mean"
+    " over the seeds. p is of the paired bootstrap, for groups after Holm over"
+    " the groups; Wilcoxon's is in comparison.csv.",
+    "Worst group: the one with the lowest mean.",
+  ]
+  if ceiling:
+    notes.append(
+      f"Share closed: of the distance of ES-Dice from {reference} to {ceiling},"
+      f" times 100; – where {ceiling} is not above {reference}."
+    )
+  terms = ("Dice, IoU", "ES-Dice", "Gap", "Groups", "Disc")
+  return notes + [f"{term}: {report.GLOSSARY[term]}" for term in terms]
+
+
+def _markdown(warning: str, notes: Sequence[str], tables: Mapping) -> str:
+  def line(cells):
+    texts = [f"{a} ({b})" if b else a for a, b in cells]
+    return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |"
+
+  parts = ["# Comparison", warning] if warning else ["# Comparison"]
+  for title, (head, *lines) in tables.items():
+    rule = "|---" * len(head) + "|"
+    parts += [f"## {title}", "\n".join([line(head), rule, *map(line, lines)])]
+  parts += ["## How to read", "\n".join(f"* {note}" for note in notes)]
+  return "\n\n".join(parts) + "\n"
+
+
+def _chart(rows: Rows, cls: str, groups: Mapping[str, int]) -> str:
+  """ES-Dice of every method with its interval, and its groups as dots."""
+  methods = _dice(rows, cls)
+  alt = [f"ES-Dice of the {cls} and Dice of its groups."]
+  with matplotlib.rc_context(report.STYLE):
+    height = 1.2 + 0.45 * len(methods) + 0.2 * math.ceil(len(groups) / 3)
+    figure = Figure(figsize=(4.2, height), layout="constrained")
+    axes = figure.subplots()
+    y = np.arange(len(methods))
+    es = [of["es", ""] for of in methods.values()]
+    low, value, high = (
+      [100 * row[key] for row in es] for key in ("low", "value", "high")
+    )
+    axes.hlines(y, low, high, report.INK, lw=1.8)
+    axes.plot(value, y, "D", color=report.INK, label="ES-Dice", zorder=3)
+    for i, name in enumerate(groups):
+      axes.plot(
+        [100 * of["group", name]["value"] for of in methods.values()],
+        y + 0.25,
+        MARKERS[i % len(MARKERS)],
+        color=report.PALETTE[i % len(report.PALETTE)],
+        label=name,
+      )
+    for method, of in methods.items():
+      value, interval = _value_cell(of["es", ""])
+      dots = [f"{g} {_points(of['group', g]['value'])}" for g in groups]
+      alt.append(f"{method}: {value} ({interval}); {', '.join(dots)}.")
+    axes.set_yticks(y, [textwrap.fill(method, 18) for method in methods])
+    axes.set_ylim(len(methods) - 0.4, -0.5)
+    axes.set(title=f"{cls.title()}, Dice", xlabel="Dice times 100")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
+    return report._svg(figure, " ".join(alt))
+
+
+def _page(
+  warning: str, notes: Sequence[str], tables: Mapping, charts: str
+) -> str:
+  def text(cell):
+    value, detail = map(report._esc, cell)
+    return f"{value}<br><small>{detail}</small>" if detail else value
+
+  sections = [
+    report._section(
+      "Dice by method",
+      f'<div class="charts">{charts}</div>',
+      f"Diamond and line: ES-Dice and its {100 * LEVEL:.0f} % interval.",
+    )
+  ]
+  for title, (head, *lines) in tables.items():
+    rows = [
+      [text(first), *(report._td(text(cell)) for cell in cells)]
+      for first, *cells in lines
+    ]
+    title = report._esc(title)
+    table = report._table(title, list(map(text, head)), {"": rows})
+    sections.append(report._section(title, table))
+  paragraphs = "".join(f"<p>{report._esc(note)}</p>" for note in notes)
+  sections.append(report._section("How to read", paragraphs))
+  lead = warning and f'<p class="verdict">{report._esc(warning)}</p>'
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    f"<title>Comparison</title><style>{report.CSS}</style></head><body><main>"
+    f"<h1>Comparison</h1>{lead}{''.join(sections)}"
+    "</main></body></html>\n"
+  )
+
+
+def compare_runs(
+  methods: Mapping[str, Sequence[str | Path]],
+  out: str | Path,
+  *,
+  reference: str | None = None,
+  ceiling: str | None = None,
+) -> list[dict]:
+  """Compares methods and writes `comparison.csv`, `.md` and `index.html`.
+
+  Args:
+    methods: Name -> its runs' directories, one a seed. All runs must have been
+      evaluated on the same test cases.
+    out: Made if absent; must be empty.
+    reference: The method that the others are tested against; None for the
+      first.
+    ceiling: The method whose ES-Dice is the best to hope for. Each method
+      then also gets the share of the way from the reference that it closes:
+      (ES - ES of reference) / (ES of ceiling - ES of reference).
+
+  Returns:
+    The rows of `comparison.csv`: `KEYS` and `VALUES`, NaN where there is
+    none. Units are those of `cases.csv`: overlap in [0, 1], HD95 in pixels.
+
+  Raises:
+    FileExistsError: `out` holds files.
+    FileNotFoundError: A run has no table of cases.
+    ValueError: No method, a method without run, an unknown reference or
+      ceiling, or runs that were not tested on the same cases.
+  """
+  out = Path(out)
+  if out.exists() and any(out.iterdir()):
+    raise FileExistsError(
+      f"{out} is not empty; empty it, or give another --out"
+    )
+  if not methods:
+    raise ValueError("no run to compare")
+  reference = next(iter(methods)) if reference is None else reference
+  for name in (reference, *([ceiling] if ceiling else [])):
+    if name not in methods:
+      raise ValueError(f"no method {name!r} among {', '.join(methods)}")
+  for name, runs in methods.items():
+    if not runs:
+      raise ValueError(f"method {name!r} has no run")
+  cases = {
+    name: {Path(run): read_cases(run) for run in runs}
+    for name, runs in methods.items()
+  }
+  _check_paired({r: c for runs in cases.values() for r, c in runs.items()})
+  rows = _rows(
+    {name: list(runs.values()) for name, runs in cases.items()}, reference
+  )
+  if ceiling:
+    _add_shares(rows, methods, (reference, ceiling))
+  result = [dict(zip(KEYS, k, strict=True)) | row for k, row in rows.items()]
+
+  columns = next(iter(cases[reference].values()))
+  groups = segmentation.groups(columns)
+  warning = _warning(groups)
+  notes = _notes(groups, len(columns["group"]), reference, ceiling)
+  tables = {}
+  for cls in segmentation.CLASSES:
+    tables |= _tables(rows, cls, groups, reference, ceiling)
+  charts = "".join(_chart(rows, c, groups) for c in segmentation.CLASSES)
+  texts = {
+    "comparison.md": _markdown(warning, notes, tables),
+    "index.html": _page(warning, notes, tables, charts),
+  }
+  out.mkdir(parents=True, exist_ok=True)
+  segmentation.write_csv(
+    out / "comparison.csv",
+    {key: [row[key] for row in result] for key in (*KEYS, *VALUES)},
+  )
+  for name, text in texts.items():
+    (out / name).write_text(text, encoding="utf-8")
+  return result

@@ -1,0 +1,126 @@
+"""A study: methods x seeds on phantoms, settings chosen on a validation set.
+
+A seed is another draw of training patients, of initial parameters and of
+noise; the test patients are the same for all. Everything lies under one
+directory, a run each, and what is complete is not done again.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fairdiff_jax import experiment
+from fairdiff_jax.evaluation.compare import compare_runs
+
+VALIDATION_SEED = 1000  # of training and test phantoms that choose settings
+
+
+def _configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.baseline = False
+    config.evaluation.synthetic_per_group = 1
+    config.update_from_flattened_dict(dict(changes))
+  return config
+
+
+def _run(config: ConfigDict, workdir: Path) -> Path:
+  """Runs an experiment unless it has its report; raises if it was stopped."""
+  if not (workdir / "report" / "summary.json").exists():
+    print(f"study: {workdir}", flush=True)
+    if not experiment.run(config, workdir):
+      raise SystemExit("stopped; the same command goes on")
+  return workdir
+
+
+def _score(workdir: Path) -> float:
+  """ES-Dice of a run, mean of cup and rim."""
+  summary = json.loads((workdir / "report" / "summary.json").read_text())
+  (figures,) = summary["models"].values()
+  return sum(figures[cls]["dice"]["es"] for cls in ("cup", "rim")) / 2
+
+
+def choose(
+  base: ConfigDict,
+  directory: Path,
+  methods: Mapping[str, Mapping[str, Any]],
+  choices: Mapping[str, tuple[str, Sequence[float]]],
+) -> dict[str, dict[str, float]]:
+  """The settings with the best score on validation phantoms, by method.
+
+  They, and every score, are written to `choices.json`.
+  """
+  seeds = dict.fromkeys(
+    ("seed", "data.phantom.seed", "data.phantom.test_seed"), VALIDATION_SEED
+  )
+  chosen, scores = {}, {}
+  for name, (field, values) in choices.items():
+    scores[name] = {}
+    for value in values:
+      config = _configure(base, {**methods[name], **seeds, field: value})
+      workdir = directory / "validation" / _slug(f"{name} {value}")
+      scores[name][value] = _score(_run(config, workdir))
+    chosen[name] = {field: max(values, key=scores[name].get)}
+  text = json.dumps({"chosen": chosen, "scores": scores}, indent=2)
+  (directory / "choices.json").write_text(text + "\n")
+  return chosen
+
+
+def run(
+  get_config: Callable[[str], ConfigDict],
+  variant: str,
+  directory: str | Path,
+  *,
+  methods: Mapping[str, Mapping[str, Any]],
+  choices: Mapping[str, tuple[str, Sequence[float]]],
+  shared: Mapping[str, tuple[str, int]],
+  seeds: int,
+  reference: str,
+  ceiling: str,
+) -> Path:
+  """Runs a study, or goes on with it.
+
+  Args:
+    get_config: makes the config that methods change.
+    variant: its variant.
+    directory: of the study.
+    methods: name -> changes of the config.
+    choices: name -> (field, values to choose from).
+    shared: name -> (another method, step): up to this step both train alike,
+      so that the other's checkpoint is taken over.
+    seeds: how many seeds.
+    reference: the method that others are tested against.
+    ceiling: the method that could not be had in practice.
+
+  Returns:
+    The page that compares the methods.
+  """
+  directory, base = Path(directory), get_config(variant)
+  chosen = choose(base, directory, methods, choices)
+  runs = {name: [] for name in methods}
+  for seed in range(seeds):
+    for name, changes in methods.items():
+      workdir = directory / f"{_slug(name)}_{seed}"
+      if name in shared and not workdir.exists():
+        other, step = shared[name]
+        part = Path("checkpoints") / str(step)
+        source = directory / f"{_slug(other)}_{seed}"
+        temporary = workdir.with_name("tmp_" + workdir.name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source / part, temporary / part)
+        temporary.rename(workdir)
+      changes = {"seed": seed, "data.phantom.seed": seed, **changes}
+      config = _configure(base, changes | chosen.get(name, {}))
+      runs[name].append(_run(config, workdir))
+  out = directory / "comparison"
+  shutil.rmtree(out, ignore_errors=True)
+  compare_runs(runs, out, reference=reference, ceiling=ceiling)
+  return out / "index.html"
+
+
+def _slug(name: str) -> str:
+  return name.lower().replace(",", "").replace(" ", "_")

@@ -1,0 +1,34 @@
+"""Runs the phantom study: methods x seeds, one table; the same command resumes.
+
+python launch/study.py --workdir runs/study
+"""
+
+import cli
+from absl import flags
+
+from configs import phantom, phantom_study
+from fairdiff_jax import study
+
+WORKDIR = flags.DEFINE_string(
+  "workdir", "runs/study", "Directory of the study."
+)
+SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
+
+
+def main(_):
+  page = study.run(
+    phantom.get_config,
+    "",
+    WORKDIR.value,
+    methods=phantom_study.METHODS,
+    choices=phantom_study.CHOICES,
+    shared=phantom_study.SHARED,
+    seeds=SEEDS.value,
+    reference=phantom_study.REFERENCE,
+    ceiling=phantom_study.CEILING,
+  )
+  print(f"comparison: {page}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

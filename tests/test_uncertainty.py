@@ -1,0 +1,259 @@
+"""Intervals and tests of group figures, against hand computation and scipy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fairdiff_jax.fairness import metrics, uncertainty
+
+NAMES = ("A", "B", "C")
+SIZES = (60, 80, 200)
+FAST = {"num_resamples": 200}
+some_p = st.lists(st.floats(0, 1) | st.just(float("nan")), max_size=8)
+
+
+def dice(means, sizes=SIZES, seed=0):
+  """Skewed values around the means of the groups, and the groups."""
+  group = np.repeat(np.arange(len(means)), sizes)
+  mean = np.asarray(means)[group]
+  rng = np.random.default_rng(seed)
+  return rng.beta(10 * mean, 10 * (1 - mean)), group
+
+
+def flat(result):
+  """Every (low, high) of what `intervals` returns."""
+  kinds = [result[k] for k in ("overall", "gap", "es") if k in result]
+  return [*kinds, *result["groups"].values()]
+
+
+def test_interval_of_a_mean_is_that_of_normal_theory():
+  values, group = dice((0.7, 0.8, 0.8))
+  found = uncertainty.intervals(values, group, NAMES, num_resamples=20_000)
+  for g, name in enumerate(NAMES):
+    cases = values[group == g]
+    half = 1.96 * cases.std() / len(cases) ** 0.5
+    expected = (cases.mean() - half, cases.mean() + half)
+    assert found["groups"][name] == pytest.approx(expected, abs=0.1 * half)
+  # Groups keep their sizes, so only variance within them counts overall.
+  variance = sum(n * values[group == g].var() for g, n in enumerate(SIZES))
+  half = 1.96 * variance**0.5 / len(values)
+  expected = (values.mean() - half, values.mean() + half)
+  assert found["overall"] == pytest.approx(expected, abs=0.1 * half)
+
+
+def test_two_cases_a_group_by_hand():
+  # A resample of {x, y} has mean x, y (a quarter each) or their middle.
+  values, group = [0.2, 0.4, 0.7, 0.9], [0, 0, 1, 1]
+  found = uncertainty.intervals(values, group, "AB")
+  assert found["groups"] == {
+    "A": pytest.approx((0.2, 0.4)),
+    "B": pytest.approx((0.7, 0.9)),
+  }
+  assert found["few"] == ["A", "B"]
+  assert found["level"] == 0.95
+  # v = 0.02 / 2 in both groups; the gap of two means is √2 s, so a plain gap d
+  # becomes √(d² - 4 v), d from 0.3 to 0.7 (each 1/16).
+  assert found["gap"] == pytest.approx((0.05**0.5, 0.45**0.5))
+
+
+def test_without_noise_intervals_are_the_figures():
+  values, group = np.repeat([0.5, 0.7, 0.9], 40), np.repeat([0, 1, 2], 40)
+  found = uncertainty.intervals(values, group, NAMES, **FAST)
+  figures = metrics.summarize(values, group, NAMES)
+  for kind in ("overall", "gap", "es"):
+    assert found[kind] == pytest.approx((figures[kind],) * 2)
+  equal = uncertainty.intervals(np.full(120, 0.5), group, NAMES, **FAST)
+  assert equal["gap"] == (0, 0)
+  assert equal["es"] == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+  ("values", "group", "undefined"),
+  [
+    ([], [], {"overall", "gap", "es", "A", "B", "C"}),
+    ([0.5], [0], {"overall", "gap", "es", "A", "B", "C"}),
+    ([0.5, np.nan], [0, 0], {"overall", "gap", "es", "A", "B", "C"}),
+    ([0.5, 0.6], [0, 1], {"overall", "gap", "es", "A", "B", "C"}),
+    ([0.5, 0.6, 0.7], [0, 0, 1], {"gap", "es", "B", "C"}),
+    ([0.5, 0.6], [0, 0], {"gap", "B", "C"}),
+    ([0.5, 0.6], [-1, -1], {"gap", "A", "B", "C"}),
+    ([0.5, 0.6, 0.5, 0.6], [0, 0, 1, 1], {"C"}),
+  ],
+)
+def test_undefined_intervals(values, group, undefined):
+  found = uncertainty.intervals(values, group, NAMES, **FAST)
+  pairs = {k: found[k] for k in ("overall", "gap", "es")} | found["groups"]
+  assert {k for k, v in pairs.items() if np.isnan(v).any()} == undefined
+  assert found["few"] == list(NAMES)
+  paired = uncertainty.compare(values, values, group, NAMES, **FAST)
+  rows = {k: paired[k] for k in ("overall", "gap", "es")} | paired["groups"]
+  assert {k for k, v in rows.items() if np.isnan(v["low"])} == undefined
+
+
+def test_distances_have_no_es():
+  values, group = dice((0.7, 0.8, 0.8))
+  for found in (
+    uncertainty.intervals(values, group, NAMES, lower_is_better=True, **FAST),
+    uncertainty.compare(
+      values, values, group, NAMES, lower_is_better=True, **FAST
+    ),
+  ):
+    assert "es" not in found
+    assert "gap" in found
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+  means=st.lists(st.floats(0.2, 0.9), min_size=3, max_size=3),
+  seed=st.integers(0, 1000),
+  level=st.floats(0.5, 0.99),
+)
+def test_intervals_are_ordered_bounded_nested_and_repeatable(
+  means, seed, level
+):
+  values, group = dice(means, seed=seed)
+  found = uncertainty.intervals(
+    values, group, NAMES, level=level, seed=seed, **FAST
+  )
+  wider = uncertainty.intervals(
+    values, group, NAMES, level=0.995, seed=seed, **FAST
+  )
+  for (low, high), (lower, higher) in zip(
+    flat(found), flat(wider), strict=True
+  ):
+    assert 0 <= lower <= low <= high <= higher <= 1
+  again = uncertainty.intervals(
+    values, group, NAMES, level=level, seed=seed, **FAST
+  )
+  assert found == again
+  assert found["few"] == []
+
+
+@pytest.mark.parametrize("means", [(0.8, 0.8, 0.8), (0.75, 0.8, 0.85)])
+def test_coverage(means):
+  """The bound is 4 standard errors of 200 trials below 92%."""
+  trials = 200
+  truth = metrics.equity_scaled(means, np.mean(means))
+  hits = []
+  for seed in range(trials):
+    values, group = dice(means, (60, 60, 60), seed=seed)
+    found = uncertainty.intervals(values, group, NAMES, **FAST)
+    checks = (
+      (found["groups"]["A"], means[0]),
+      (found["es"], truth),
+      (found["gap"], np.ptp(means)),
+    )
+    hits.append([low <= t <= high for (low, high), t in checks])
+  assert (np.mean(hits, 0) >= 0.843).all()
+
+
+def test_compare_is_paired():
+  values, group = dice((0.7, 0.8, 0.8))
+  better = np.minimum(values + 0.01, 1)
+  paired = uncertainty.compare(values, better, group, NAMES, **FAST)
+  single = uncertainty.intervals(values, group, NAMES, **FAST)
+  row = paired["groups"]["B"]
+  assert row["low"] <= row["difference"] <= row["high"]
+  assert row["low"] > 0
+  # The cases' luck cancels: the difference is known far better than the mean.
+  assert row["high"] - row["low"] < 0.1 * np.diff(single["groups"]["B"])[0]
+  assert row["p_bootstrap"] == pytest.approx(2 / 201)
+  assert row["p_wilcoxon"] == pytest.approx(
+    stats.wilcoxon((better - values)[group == 1]).pvalue
+  )
+  assert row["n"] == 80
+  assert row["p_wilcoxon"] < row["p_wilcoxon_holm"] < 1e-6
+  assert paired["overall"]["p"] == pytest.approx(2 / 201)
+
+
+def test_compare_figures_and_sign():
+  values, group = dice((0.6, 0.8, 0.8))
+  fairer = np.where(group == 0, values + 0.15, values)
+  paired = uncertainty.compare(values, fairer, group, NAMES)
+  before, after = (metrics.summarize(v, group, NAMES) for v in (values, fairer))
+  for kind in ("overall", "gap", "es"):
+    row = paired[kind]
+    assert row["difference"] == pytest.approx(after[kind] - before[kind])
+    assert row["p"] < 0.05
+    assert row["low"] * row["high"] > 0
+  assert paired["gap"]["high"] < 0 < paired["es"]["low"]
+  swapped = uncertainty.compare(fairer, values, group, NAMES)
+  assert swapped["gap"]["low"] == pytest.approx(-paired["gap"]["high"])
+
+
+def test_the_same_run_twice_does_not_differ():
+  values, group = dice((0.7, 0.8, 0.8))
+  paired = uncertainty.compare(values, values, group, NAMES, **FAST)
+  for kind in ("overall", "gap", "es"):
+    assert paired[kind] == {"difference": 0, "low": 0, "high": 0, "p": 1}
+  for row in paired["groups"].values():
+    assert {row[k] for k in row if k.startswith("p_")} == {1}
+
+
+def test_compare_leaves_out_cases_undefined_in_either():
+  values, group = dice((0.7, 0.8, 0.8))
+  other = values[::-1].copy()
+  a, b = values.copy(), other.copy()
+  a[3], b[70], b[-1] = np.nan, np.nan, np.nan
+  keep = ~np.isnan(a + b)
+  assert uncertainty.compare(a, b, group, NAMES, **FAST) == uncertainty.compare(
+    values[keep], other[keep], group[keep], NAMES, **FAST
+  )
+
+
+def test_holm_by_hand():
+  # Sorted 0.01, 0.02, 0.04 times 3, 2, 1.
+  p = [0.04, 0.01, np.nan, 0.02]
+  np.testing.assert_allclose(uncertainty.holm(p), [0.04, 0.03, np.nan, 0.04])
+  assert uncertainty.holm([0.6, 0.7]).tolist() == [1, 1]
+
+
+@settings(deadline=None)
+@given(some_p)
+def test_holm_properties(p):
+  p = np.array(p)
+  adjusted = uncertainty.holm(p)
+  known = ~np.isnan(p)
+  assert (np.isnan(adjusted) == ~known).all()
+  p, adjusted = p[known], adjusted[known]
+  assert ((p <= adjusted) & (adjusted <= 1)).all()
+  assert (adjusted <= np.minimum(1, len(p) * p)).all()
+  assert (np.diff(adjusted[np.argsort(p)]) >= 0).all()
+
+
+def test_over_seeds():
+  found = uncertainty.over_seeds([0.8, 0.82, 0.84, np.nan])
+  half = stats.t.ppf(0.975, 2) * 0.02 / 3**0.5
+  assert found == pytest.approx(
+    {"mean": 0.82, "sd": 0.02, "n": 3, "low": 0.82 - half, "high": 0.82 + half}
+  )
+  one = uncertainty.over_seeds([0.8])
+  assert (one["mean"], one["n"]) == (0.8, 1)
+  assert np.isnan([one["sd"], one["low"], one["high"]]).all()
+  none = uncertainty.over_seeds([])
+  assert none.pop("n") == 0
+  assert np.isnan(list(none.values())).all()
+
+
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    ({"level": 1}, "level"),
+    ({"num_resamples": 0}, "num_resamples"),
+    ({"group": [0, 3]}, "group"),
+    ({"group": [0]}, "values and group"),
+  ],
+)
+def test_arguments_are_checked(change, match):
+  arguments = {"group": [0, 1], "names": NAMES} | change
+  with pytest.raises(ValueError, match=match):
+    uncertainty.intervals([0.5, 0.6], **arguments)
+  with pytest.raises(ValueError, match=match):
+    uncertainty.compare([0.5, 0.6], [0.5, 0.6], **arguments)
+
+
+def test_compared_runs_have_the_same_cases():
+  with pytest.raises(ValueError, match="lengths"):
+    uncertainty.compare([0.5, 0.6], [0.5], [0, 1], NAMES)
