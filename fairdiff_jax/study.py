@@ -7,7 +7,7 @@ directory, a run each, and what is complete is not done again.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ from ml_collections import ConfigDict
 from fairdiff_jax import experiment
 from fairdiff_jax.evaluation.compare import compare_runs
 
+
+class Stopped(Exception):
+  """SIGTERM stopped a run, which the same command goes on with."""
+
+
 VALIDATION_SEED = 1000  # of training and test phantoms that choose settings
 
 
-def _configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+def configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.baseline = False
@@ -29,11 +34,11 @@ def _configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def _run(config: ConfigDict, workdir: Path) -> Path:
-  """Runs an experiment unless it has its report; raises if it was stopped."""
+  """Runs an experiment unless it has its report."""
   if not (workdir / "report" / "summary.json").exists():
     print(f"study: {workdir}", flush=True)
     if not experiment.run(config, workdir):
-      raise SystemExit("stopped; the same command goes on")
+      raise Stopped(f"stopped in {workdir}; the same command goes on")
   return workdir
 
 
@@ -61,7 +66,7 @@ def choose(
   for name, (field, values) in choices.items():
     scores[name] = {}
     for value in values:
-      config = _configure(base, {**methods[name], **seeds, field: value})
+      config = configure(base, {**methods[name], **seeds, field: value})
       workdir = directory / "validation" / _slug(f"{name} {value}")
       scores[name][value] = _score(_run(config, workdir))
     chosen[name] = {field: max(values, key=scores[name].get)}
@@ -71,8 +76,7 @@ def choose(
 
 
 def run(
-  get_config: Callable[[str], ConfigDict],
-  variant: str,
+  base: ConfigDict,
   directory: str | Path,
   *,
   methods: Mapping[str, Mapping[str, Any]],
@@ -85,8 +89,7 @@ def run(
   """Runs a study, or goes on with it.
 
   Args:
-    get_config: makes the config that methods change.
-    variant: its variant.
+    base: the config that methods change.
     directory: of the study.
     methods: name -> changes of the config.
     choices: name -> (field, values to choose from).
@@ -98,8 +101,11 @@ def run(
 
   Returns:
     The page that compares the methods.
+
+  Raises:
+    Stopped: if SIGTERM stopped a run.
   """
-  directory, base = Path(directory), get_config(variant)
+  directory = Path(directory)
   chosen = choose(base, directory, methods, choices)
   runs = {name: [] for name in methods}
   for seed in range(seeds):
@@ -114,7 +120,7 @@ def run(
         shutil.copytree(source / part, temporary / part)
         temporary.rename(workdir)
       changes = {"seed": seed, "data.phantom.seed": seed, **changes}
-      config = _configure(base, changes | chosen.get(name, {}))
+      config = configure(base, changes | chosen.get(name, {}))
       runs[name].append(_run(config, workdir))
   out = directory / "comparison"
   shutil.rmtree(out, ignore_errors=True)

@@ -16,18 +16,21 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
 
 
 def main(_):
-  page = study.run(
-    phantom.get_config,
-    "",
-    WORKDIR.value,
-    methods=phantom_study.METHODS,
-    choices=phantom_study.CHOICES,
-    shared=phantom_study.SHARED,
-    seeds=SEEDS.value,
-    reference=phantom_study.REFERENCE,
-    ceiling=phantom_study.CEILING,
-  )
-  print(f"comparison: {page}")
+  try:
+    page = study.run(
+      phantom.get_config(),
+      WORKDIR.value,
+      methods=phantom_study.METHODS,
+      choices=phantom_study.CHOICES,
+      shared=phantom_study.SHARED,
+      seeds=SEEDS.value,
+      reference=phantom_study.REFERENCE,
+      ceiling=phantom_study.CEILING,
+    )
+  except study.Stopped as stopped:
+    print(stopped)
+  else:
+    print(f"comparison: {page}")
 
 
 if __name__ == "__main__":

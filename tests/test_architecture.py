@@ -22,6 +22,7 @@ ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config"]
 ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
 ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]
 ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
+ALLOWED["study"] = [*ALLOWED["experiment"], "experiment"]
 
 
 def imports(path):

@@ -129,3 +129,37 @@ def test_suggests_names():
     attributes.group_code("race", "Zzz")
   with pytest.raises(ValueError, match="codes 0 to 2"):
     attributes.group_name("race", 7)
+
+
+def test_combined_groups():
+  names = attributes.group_names("race+gender")
+  assert names[:3] == ("Asian Female", "Asian Male", "Black Female")
+  assert len(names) == 6
+  columns = {
+    "race": np.array([0, 1, 2, -1, 0]),
+    "gender": np.array([1, 0, 1, 0, -1]),
+  }
+  found = attributes.group_codes("race+gender", columns)
+  np.testing.assert_array_equal(found, [1, 2, 5, -1, -1])
+  for code, name in enumerate(names):
+    assert attributes.group_code("race+gender", name.upper()) == code
+    codes = attributes.attributes_of("race+gender", name)
+    one = {key: np.array([value]) for key, value in codes.items()}
+    assert attributes.group_codes("race+gender", one) == [code]
+  with pytest.raises(ValueError, match="No attribute 'gendre'"):
+    attributes.group_names("race+gendre")
+
+
+def test_small_groups_are_pooled():
+  columns = {"race": np.array([0, 1, 1, 2, 2, 2, -1])}
+  assert attributes.small_groups("race", columns, 0) == ()
+  pooled = attributes.small_groups("race", columns, 3)
+  assert pooled == ("Asian", "Black")
+  assert attributes.group_names("race", pooled) == ("White", "Other")
+  found = attributes.group_codes("race", columns, pooled)
+  np.testing.assert_array_equal(found, [1, 1, 1, 0, 0, 0, -1])
+  assert attributes.group_code("race", "other", pooled) == 1
+  assert attributes.attributes_of("race", "Other") == {}
+  assert attributes.attributes_of("language", "Other") == {"language": 2}
+  with pytest.raises(ValueError, match="no group 'Asien' to pool"):
+    attributes.group_names("race", ("Asien",))

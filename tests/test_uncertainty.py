@@ -43,6 +43,15 @@ def test_interval_of_a_mean_is_that_of_normal_theory():
   assert found["overall"] == pytest.approx(expected, abs=0.1 * half)
 
 
+def test_intervals_of_small_groups_are_as_wide_as_student_s():
+  values = np.random.default_rng(3).normal(0.7, 0.1, 12)
+  found = uncertainty.intervals(
+    values, np.zeros(12, int), "A", num_resamples=50_000
+  )
+  expected = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))
+  assert found["groups"]["A"] == pytest.approx(expected, abs=0.01)
+
+
 def test_two_cases_a_group_by_hand():
   # A resample of {x, y} has mean x, y (a quarter each) or their middle.
   values, group = [0.2, 0.4, 0.7, 0.9], [0, 0, 1, 1]

@@ -414,18 +414,18 @@ def _chart(rows: Rows, cls: str, groups: Mapping[str, int]) -> str:
     axes.set(title=f"{cls.title()}, Dice", xlabel="Dice times 100")
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", frameon=False, ncols=3)
-    return report._svg(figure, " ".join(alt))
+    return report.svg(figure, " ".join(alt))
 
 
 def _page(
   warning: str, notes: Sequence[str], tables: Mapping, charts: str
 ) -> str:
   def text(cell):
-    value, detail = map(report._esc, cell)
+    value, detail = map(report.escape, cell)
     return f"{value}<br><small>{detail}</small>" if detail else value
 
   sections = [
-    report._section(
+    report.section(
       "Dice by method",
       f'<div class="charts">{charts}</div>',
       f"Diamond and line: ES-Dice and its {100 * LEVEL:.0f} % interval.",
@@ -433,15 +433,15 @@ def _page(
   ]
   for title, (head, *lines) in tables.items():
     rows = [
-      [text(first), *(report._td(text(cell)) for cell in cells)]
+      [text(first), *(report.td(text(cell)) for cell in cells)]
       for first, *cells in lines
     ]
-    title = report._esc(title)
-    table = report._table(title, list(map(text, head)), {"": rows})
-    sections.append(report._section(title, table))
-  paragraphs = "".join(f"<p>{report._esc(note)}</p>" for note in notes)
-  sections.append(report._section("How to read", paragraphs))
-  lead = warning and f'<p class="verdict">{report._esc(warning)}</p>'
+    title = report.escape(title)
+    table = report.html_table(title, list(map(text, head)), {"": rows})
+    sections.append(report.section(title, table))
+  paragraphs = "".join(f"<p>{report.escape(note)}</p>" for note in notes)
+  sections.append(report.section("How to read", paragraphs))
+  lead = warning and f'<p class="verdict">{report.escape(warning)}</p>'
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -127,7 +127,7 @@ HEADLINE = {
 NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95, px"}
 
 
-def _esc(text) -> str:
+def escape(text) -> str:
   return html.escape(str(text))
 
 
@@ -147,7 +147,7 @@ def _range(
   return f"<br><small>{low} to {high}</small>"
 
 
-def _section(title: str, body: str, note: str = "") -> str:
+def section(title: str, body: str, note: str = "") -> str:
   note = note and f'<p class="note">{note}</p>'
   return f"<section><h2>{title}</h2>{note}{body}</section>" if body else ""
 
@@ -156,11 +156,11 @@ def _th(text: str, scope: str = "col", span: int = 1) -> str:
   return f'<th scope="{scope}" colspan="{span}">{text}</th>'
 
 
-def _td(text: str, css: str = "") -> str:
+def td(text: str, css: str = "") -> str:
   return f'<td class="{css}">{text}</td>'
 
 
-def _table(label: str, head: list[str], blocks: Mapping[str, list]) -> str:
+def html_table(label: str, head: list[str], blocks: Mapping[str, list]) -> str:
   """A table in a box that scrolls by itself.
 
   Args:
@@ -187,7 +187,7 @@ def _marked(groups: Mapping[str, int]) -> dict[str, int]:
   return {g + mark * (n < MIN_CASES): n for g, n in groups.items()}
 
 
-def _svg(figure: Figure, alt: str) -> str:
+def svg(figure: Figure, alt: str) -> str:
   """The figure as inline SVG without addresses, in the page's text colour."""
   buffer = io.StringIO()
   figure.savefig(buffer, format="svg", transparent=True)
@@ -196,7 +196,7 @@ def _svg(figure: Figure, alt: str) -> str:
   text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
   text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
   text = re.sub(r'<g id="[^"]*"', "<g", text).replace(INK, "currentColor")
-  return text.replace("<svg", f'<svg role="img" aria-label="{_esc(alt)}"', 1)
+  return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
 
 
 def _bars(
@@ -238,7 +238,7 @@ def _bars(
     axes.set(title=f"{cls.title()}, Dice", xlim=(0, 105))
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", frameon=False)
-    return _svg(figure, " ".join(alt))
+    return svg(figure, " ".join(alt))
 
 
 def _curves(title: str, curves: Mapping[str, tuple]) -> str:
@@ -257,7 +257,7 @@ def _curves(title: str, curves: Mapping[str, tuple]) -> str:
     ends = ", ".join(
       f"{k} {v[0]:.3g} to {v[-1]:.3g}" for k, (_, v) in curves.items()
     )
-    return _svg(figure, f"{title} over training steps: {ends}")
+    return svg(figure, f"{title} over training steps: {ends}")
 
 
 def _outline(mask: np.ndarray, css: str) -> str:
@@ -281,7 +281,7 @@ def _picture(image: np.ndarray, alt: str, **masks: np.ndarray) -> str:
   data = base64.b64encode(buffer.getvalue()).decode()
   outlines = "".join(_outline(mask, css) for css, mask in masks.items())
   return (
-    f'<svg class="case" role="img" aria-label="{_esc(alt)}" '
+    f'<svg class="case" role="img" aria-label="{escape(alt)}" '
     f'viewBox="0 0 {width} {height}"><image width="{width}" '
     f'height="{height}" href="data:image/png;base64,{data}"/>{outlines}</svg>'
   )
@@ -352,7 +352,7 @@ def _headline(summaries: Mapping[str, dict], differences: Mapping) -> str:
         group = summary[cls]["dice"]["worst"] if key == "worst" else None
         value = _number(_figures(summary, cls)[key])
         value += _range(_intervals(summary, cls)[key])
-        row.append(_td(f"{_esc(group)} {value}" if group else value))
+        row.append(td(f"{escape(group)} {value}" if group else value))
       if differences:
         change = differences[cls]["dice"][key]
         word = {1: "better", -1: "worse", 0: ""}[_gain(key, change)]
@@ -361,11 +361,11 @@ def _headline(summaries: Mapping[str, dict], differences: Mapping) -> str:
           points = f"{100 * change['difference']:+.1f} {word}"
         if "low" in change:
           points += _range([change["low"], change["high"]])
-        row.append(_td(points.replace("-", "−"), word))
+        row.append(td(points.replace("-", "−"), word))
       rows.append(row)
-  head = ["Dice", *map(_esc, models)]
+  head = ["Dice", *map(escape, models)]
   head += ["Difference"] if len(models) > 1 else []
-  return _table("Headline", head, blocks)
+  return html_table("Headline", head, blocks)
 
 
 def _measures(summaries: Mapping[str, dict], groups: Mapping, n: int) -> str:
@@ -383,15 +383,15 @@ def _measures(summaries: Mapping[str, dict], groups: Mapping, n: int) -> str:
         figure = figures["groups"][group]
         ends = figures["interval"]["groups"][group]
         means.append((figure["mean"], figure["n"], count, ends))
-      row = [_esc(name)]
+      row = [escape(name)]
       for mean, defined, count, ends in means:
         few = f" <small>n={defined}</small>" if defined < count else ""
-        row.append(_td(_number(mean, *style) + few + _range(ends, *style)))
+        row.append(td(_number(mean, *style) + few + _range(ends, *style)))
       rows.append(row)
   head = ["Model"]
   for title, count in [("All", n), *_marked(groups).items()]:
-    head.append(f"{_esc(title)}<br><small>n={count}</small>")
-  return _table("All measures", head, blocks)
+    head.append(f"{escape(title)}<br><small>n={count}</small>")
+  return html_table("All measures", head, blocks)
 
 
 def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
@@ -404,7 +404,7 @@ def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
   for i in np.argsort(mean, kind="stable")[:WORST]:
     name, group = columns["name"][i], columns["group"][i]
     cup, rim = (_number(None if np.isnan(s) else s) for s in score[:, i])
-    text = f"{_esc(name)}<br>{_esc(group)}<br>cup {cup}, rim {rim}"
+    text = f"{escape(name)}<br>{escape(group)}<br>cup {cup}, rim {rim}"
     picture = _picture(
       cases["image"][i],
       f"Case {name}, {group}, with outlines of label and prediction",
@@ -428,7 +428,7 @@ def _strips(
   parts = []
   groups = {*segmentation.groups(columns), *map(str, synthetic["group"])}
   for group in sorted(groups):
-    parts.append(f"<h3>{_esc(group)}</h3>")
+    parts.append(f"<h3>{escape(group)}</h3>")
     for source, (images, masks, of) in sources.items():
       chosen = np.flatnonzero(np.asarray(of, str) == group)[:STRIP]
       pictures = "".join(
@@ -443,19 +443,19 @@ def _strips(
 def _agreement(agreement: Mapping) -> str:
   blocks, head = {}, ["Group"]
   for segmenter, groups in agreement.items():
-    rows = blocks[f"Seen by {_esc(segmenter)}"] = []
+    rows = blocks[f"Seen by {escape(segmenter)}"] = []
     for group, classes in segmentation.json_ready(groups).items():
-      row = [_esc(group)]
+      row = [escape(group)]
       for value in classes.values():
-        row += [_td(_number(value[key])) for key in ("synthetic", "real")]
-        row.append(_td(_number(value["ratio"], 1, 2)))
+        row += [td(_number(value[key])) for key in ("synthetic", "real")]
+        row.append(td(_number(value["ratio"], 1, 2)))
       rows.append(row)
       head = ["Group"] + [
-        f"{_esc(cls.title())}<br>{key}"
+        f"{escape(cls.title())}<br>{key}"
         for cls in classes
         for key in ("synthetic", "real", "ratio")
       ]
-  return _table("Agreement by segmenter and group", head, blocks)
+  return html_table("Agreement by segmenter and group", head, blocks)
 
 
 def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -463,11 +463,11 @@ def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
   table = {g: [row.get(k, 0) for k in sources] for g, row in counts.items()}
   table["All"] = np.sum(list(table.values()), axis=0).tolist()
   rows = [
-    [_esc(group), *(_td(f"{v:,}") for v in [*row, sum(row)])]
+    [escape(group), *(td(f"{v:,}") for v in [*row, sum(row)])]
     for group, row in table.items()
   ]
-  head = ["Group", *map(_esc, sources), "total"]
-  return _table("Training cases by group", head, {"": rows})
+  head = ["Group", *map(escape, sources), "total"]
+  return html_table("Training cases by group", head, {"": rows})
 
 
 def read_log(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -508,7 +508,7 @@ def _training(log: str | os.PathLike) -> str:
 
 
 def _definitions(items: Mapping) -> str:
-  rows = (f"<dt>{_esc(k)}</dt><dd>{_esc(v)}</dd>" for k, v in items.items())
+  rows = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in items.items())
   return f"<dl>{''.join(rows)}</dl>"
 
 
@@ -547,22 +547,22 @@ def _tested(
     f"only above {NOISE} points and where their interval leaves out 0; that "
     "of the worst groups never, as the data chose them."
   )
-  subject = _esc(next(iter(summaries)))
+  subject = escape(next(iter(summaries)))
   legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
   bars = "".join(_bars(summaries, cls, groups) for cls in ("cup", "rim"))
   sections = [
-    _section(
+    section(
       "Headline",
       _headline(summaries, differences),
-      f"In points, with 95% intervals, on {n} test cases ({_esc(sizes)}). "
+      f"In points, with 95% intervals, on {n} test cases ({escape(sizes)}). "
       f"{few} {rounding}",
     ),
-    _section(
+    section(
       "Dice by group",
       f'<div class="charts">{bars}</div>',
       "In points. Lines at the bars' ends are 95% intervals.",
     ),
-    _section(
+    section(
       "All measures by group",
       _measures(summaries, groups, n),
       "Dice and IoU in points, with 95% intervals. A small n in a cell says "
@@ -570,7 +570,7 @@ def _tested(
       f"{few}",
     ),
     cases is not None
-    and _section(
+    and section(
       "Worst cases",
       _worst_cases(columns, cases),
       f"The test cases with the lowest mean Dice of cup and rim, {subject}. "
@@ -591,23 +591,23 @@ def _trained(
   """What it was trained on and how: synthetic cases, counts, curves."""
   sections = [
     synthetic is not None
-    and _section(
+    and section(
       "Real beside synthetic",
       _strips(columns, cases, synthetic),
       f"The first {STRIP} of each group, not selected, with the outlines of "
       "their masks. Real cases are test cases.",
     ),
     agreement
-    and _section(
+    and section(
       "Agreement of synthetic images with their masks",
       _agreement(agreement),
       "Dice of a segmenter on synthetic and on real cases, in points. A ratio "
       "near 1 says that it finds the mask in the image as well as in real "
       "ones.",
     ),
-    counts and _section("Training cases by group", _counts(counts)),
+    counts and section("Training cases by group", _counts(counts)),
     log is not None
-    and _section(
+    and section(
       "Training",
       _training(log),
       f"Each curve is averaged to at most {CURVE} points.",
@@ -687,12 +687,12 @@ def write(
   page = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f"<title>{_esc(title)}</title><style>{CSS}</style></head><body><main>"
-    f'<h1>{_esc(title)}</h1><p class="verdict">{_esc(verdict)}</p>'
+    f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>"
+    f'<h1>{escape(title)}</h1><p class="verdict">{escape(verdict)}</p>'
     f"{_tested(summaries, differences, columns, cases)}"
     f"{_trained(columns, cases, synthetic, agreement, counts, log)}"
-    f"{_section('The run', _definitions(facts)) if facts else ''}"
-    f"{_section('Definitions', _definitions(GLOSSARY))}"
+    f"{section('The run', _definitions(facts)) if facts else ''}"
+    f"{section('Definitions', _definitions(GLOSSARY))}"
     "</main></body></html>\n"
   )
   (directory / "index.html").write_text(page, encoding="utf-8")

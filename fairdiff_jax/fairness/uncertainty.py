@@ -97,9 +97,15 @@ def _bootstrap(
   return means | {"overall": overall, "gap": gap, "es": overall / (1 + spread)}
 
 
-def _interval(resampled: np.ndarray, level: float) -> tuple[float, float]:
-  """Percentile interval of `[num_resamples]`."""
-  low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+def _interval(
+  resampled: np.ndarray, level: float, n: int | None = None
+) -> tuple[float, float]:
+  """Percentile interval of `[num_resamples]`, expanded for a mean of n."""
+  tail = (1 - level) / 2
+  if n is not None and n > 1:
+    quantile = stats.t.ppf(tail, n - 1) * (n / (n - 1)) ** 0.5
+    tail = stats.norm.cdf(quantile)
+  low, high = np.quantile(resampled, [tail, 1 - tail])
   return float(low), float(high)
 
 
@@ -171,14 +177,19 @@ def intervals(
       values[known, None], group[known], num_resamples, seed
     )
 
-  def interval(key):
+  def interval(key, n=None):
     if key not in resampled:
       return UNDEFINED
-    return _interval(resampled[key][:, 0], level)
+    return _interval(resampled[key][:, 0], level, n)
 
+  sizes = {kind: None for kind in _kinds(lower_is_better)}
+  sizes["overall"] = summary["n"]
   return {
-    **{kind: interval(kind) for kind in _kinds(lower_is_better)},
-    "groups": {name: interval(g) for g, name in enumerate(names)},
+    **{kind: interval(kind, n) for kind, n in sizes.items()},
+    "groups": {
+      name: interval(g, summary["groups"][name]["n"])
+      for g, name in enumerate(names)
+    },
     "level": level,
     "few": _few(summary),
   }

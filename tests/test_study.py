@@ -1,0 +1,110 @@
+"""A study's bookkeeping, with runs that only write what a run leaves."""
+
+import json
+
+import pytest
+
+from configs import phantom, phantom_study
+from fairdiff_jax import experiment, study
+from fairdiff_jax.training.loop import active_networks
+
+METHODS = {
+  "ERM": {"fairness.method": "erm"},
+  "worst, tuned": {"fairness.method": "worst"},
+  "staged": {"fairness.real_share": 0.0},
+  "staged, shared": {"fairness.real_share": 0.5},
+}
+CHOICES = {"worst, tuned": ("fairness.temperature", (0.1, 0.2, 0.3))}
+SHARED = {"staged, shared": ("staged", 7)}
+
+
+@pytest.fixture
+def done(monkeypatch):
+  """The runs that were made: (directory's name, config)."""
+  done = []
+
+  def run(config, workdir):
+    done.append((workdir.name, config))
+    figure = 1 - abs(config.fairness.temperature - 0.2)
+    figures = {cls: {"dice": {"es": figure}} for cls in ("cup", "rim")}
+    (workdir / "report").mkdir(parents=True)
+    (workdir / "report" / "summary.json").write_text(
+      json.dumps({"models": {"model": figures}})
+    )
+    (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
+    return True
+
+  monkeypatch.setattr(experiment, "run", run)
+  return done
+
+
+@pytest.fixture
+def compared(monkeypatch):
+  calls = []
+
+  def compare_runs(runs, out, *, reference, ceiling):
+    calls.append((runs, reference, ceiling))
+    out.mkdir()
+
+  monkeypatch.setattr(study, "compare_runs", compare_runs)
+  return calls
+
+
+def call(directory):
+  return study.run(
+    phantom.get_config("smoke"),
+    directory,
+    methods=METHODS,
+    choices=CHOICES,
+    shared=SHARED,
+    seeds=2,
+    reference="ERM",
+    ceiling="staged",
+  )
+
+
+def test_a_study_chooses_runs_shares_and_compares(tmp_path, done, compared):
+  page = call(tmp_path)
+  assert page == tmp_path / "comparison" / "index.html"
+  names = [name for name, _ in done]
+  assert names[:3] == [f"worst_tuned_{t}" for t in (0.1, 0.2, 0.3)]
+  for _, config in done[:3]:  # patients that the study itself never sees
+    assert config.data.phantom.seed == config.data.phantom.test_seed == 1000
+  configs = dict(done[3:])
+  assert len(configs) == len(METHODS) * 2
+  for seed in (0, 1):
+    assert configs[f"worst_tuned_{seed}"].fairness.temperature == 0.2
+    assert configs[f"staged_{seed}"].data.phantom.seed == seed
+    assert configs[f"staged_{seed}"].data.phantom.test_seed == 0
+    assert (tmp_path / f"staged_shared_{seed}" / "checkpoints" / "7").is_dir()
+    assert not (tmp_path / f"erm_{seed}" / "checkpoints" / "8").exists()
+  choices = json.loads((tmp_path / "choices.json").read_text())
+  assert choices["chosen"] == {"worst, tuned": {"fairness.temperature": 0.2}}
+  (runs, reference, ceiling) = compared[0]
+  assert (reference, ceiling) == ("ERM", "staged")
+  assert runs["staged"] == [tmp_path / "staged_0", tmp_path / "staged_1"]
+
+  count = len(done)
+  call(tmp_path)  # everything is there
+  assert len(done) == count and len(compared) == 2
+
+
+def test_a_stopped_study_says_so(tmp_path, monkeypatch):
+  monkeypatch.setattr(experiment, "run", lambda *_: False)
+  with pytest.raises(study.Stopped, match="the same command goes on"):
+    call(tmp_path)
+
+
+def test_the_phantom_study_s_methods_fit_the_config():
+  for name, changes in phantom_study.METHODS.items():
+    config = study.configure(phantom.get_config(), changes)
+    segmenter = config.train.segmenter
+    assert segmenter[1] - segmenter[0] == 300  # the same for all
+    assert "segmenter" in active_networks(config, config.train.steps - 1)
+    for field, _ in filter(None, [phantom_study.CHOICES.get(name)]):
+      assert study.configure(config, {field: 1.0})
+  for name, (other, step) in phantom_study.SHARED.items():
+    first, second = phantom_study.METHODS[name], phantom_study.METHODS[other]
+    differing = {k for k in first if first[k] != second.get(k)}
+    assert differing == {"fairness.real_share"}
+    assert step == first["checkpoint.every"] == first["train.segmenter"][0]
