@@ -1,5 +1,6 @@
 # make quickstart   installs, trains the three networks on phantoms, reports
 # make test         installs, checks style, runs the tests
+# make parity       compares the large networks with their PyTorch peers
 # make study        compares the methods on phantoms, with seeds (an hour)
 # PYTHON=python3.12 chooses another interpreter.
 
@@ -8,8 +9,9 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV := .venv
 READY := $(VENV)/ready-$(VERSION)
 TESTING := $(VENV)/testing-$(VERSION)
+PARITY := $(VENV)/parity-$(VERSION)
 
-.PHONY: install quickstart study test lint clean
+.PHONY: install quickstart study test parity lint clean
 
 install: $(READY)
 
@@ -24,6 +26,10 @@ $(TESTING): $(READY)
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
+$(PARITY): $(TESTING)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test,parity]'
+	touch $@
+
 quickstart: install
 	$(VENV)/bin/python launch/train.py --config configs/phantom.py \
 	  --workdir runs/quickstart
@@ -36,7 +42,10 @@ lint: $(TESTING)
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests --ignore=tests/parity
+
+parity: lint $(PARITY)
+	$(VENV)/bin/python -m pytest tests/parity
 
 clean:
 	rm -rf $(VENV)

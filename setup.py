@@ -25,6 +25,7 @@ setup(
     "optax",
     "orbax-checkpoint>=0.12",
     "pillow",
+    "safetensors",
     "scipy",
     "tensorboardX",
     "tensorflow-datasets",
@@ -39,6 +40,6 @@ setup(
       "pytest-xdist",
       "ruff",
     ],
-    "parity": ["torch", "diffusers", "transformers"],
+    "parity": ["diffusers", "segment-anything", "torch", "transformers"],
   },
 )

@@ -1,5 +1,7 @@
 """Noise schedules, the forward process and samplers, against float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from fairdiff_jax.diffusion.samplers import (
   example_keys,
   example_normal,
   sample,
+  sampling_times,
 )
 from fairdiff_jax.diffusion.schedule import make_schedule
 
@@ -190,4 +193,54 @@ def test_step_count_is_checked(num_steps):
       schedule=schedule,
       prediction="eps",
       num_steps=num_steps,
+    )
+
+
+def test_sampling_times_by_hand():
+  assert sampling_times(10, 3).tolist() == [10, 7, 3, 0]
+  assert sampling_times(10, 3, "leading").tolist() == [8, 5, 2, 1]
+  assert sampling_times(10, 3, "linspace").tolist() == [10, 7, 4, 0]
+  assert sampling_times(10, 10, "leading")[0] == 10
+  with pytest.raises(ValueError, match="unknown spacing 'karras'"):
+    sampling_times(10, 3, "karras")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_dpm_solver_matches_float64(num_steps):
+  schedule = make_schedule("scaled_linear", 50, 0.001, 0.05)
+  x = draw(0, 3, 4)
+  found = sample(
+    lambda x_t, t: 0.3 * x_t + 0.1,
+    jnp.asarray(x),
+    example_keys(jax.random.key(0), jnp.arange(3)),
+    schedule=schedule,
+    prediction="x0",
+    num_steps=num_steps,
+    solver="dpm++2m",
+  )
+  abar, times = exact(schedule), sampling_times(50, num_steps)
+  x, before, last = x.astype(np.float64), 0, np.inf
+  for t, s in itertools.pairwise(times):
+    x_0 = 0.3 * x + 0.1
+    if s == 0:
+      x = x_0
+      break
+    rise = 0.5 * np.log(abar[s] / (1 - abar[s]) * (1 - abar[t]) / abar[t])
+    mixed = x_0 + rise / (2 * last) * (x_0 - before)
+    x = np.sqrt((1 - abar[s]) / (1 - abar[t])) * x
+    x += np.sqrt(abar[s]) * (1 - np.exp(-rise)) * mixed
+    before, last = x_0, rise
+  np.testing.assert_allclose(found, x, atol=3e-6)
+
+
+def test_unknown_solver():
+  with pytest.raises(ValueError, match="unknown solver 'heun'"):
+    sample(
+      lambda x_t, t: x_t,
+      jnp.zeros((1, 2)),
+      example_keys(jax.random.key(0), jnp.arange(1)),
+      schedule=make_schedule("linear", 10),
+      prediction="eps",
+      num_steps=2,
+      solver="heun",
     )

@@ -7,7 +7,14 @@ From t to an earlier s (Song et al. 2021, eq. 12 and 16),
 
 with (x_0, eps) as the network sees them at x_t. eta = 0 is DDIM; eta = 1 is
 ancestral sampling, which over all T steps is the DDPM of Ho et al. 2020 with
-the posterior's variance.
+the posterior's variance. DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) takes
+the step before, from r to t, into account: with lambda = log(sqrt(abar) /
+sqrt(1 - abar)) and h = lambda_s - lambda_t,
+
+    D   = x_0(t) + (x_0(t) - x_0(r)) h / (2 h_before)
+    x_s = sqrt((1 - abar_s) / (1 - abar_t)) x_t - sqrt(abar_s) (e^-h - 1) D
+
+where D = x_0(t) in its first and last step.
 """
 
 from collections.abc import Callable
@@ -30,6 +37,43 @@ def example_normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
+def sampling_times(
+  num_train_steps: int, num_steps: int, spacing: str = "even"
+) -> np.ndarray:
+  """The times that a reverse process visits, int32 [num_steps + 1], falling.
+
+  Args:
+    num_train_steps: T.
+    num_steps: steps taken, at most T.
+    spacing: 'even', T to 0 in equal steps; 'leading', as Stable Diffusion's
+      DDIM: i floor(T / n) + 2 for i < n, and last 1, so that the least noise
+      is left in; 'linspace', as diffusers' DPM-Solver++: T to 1 in n equal
+      steps but for the last, which goes to 0.
+
+  Raises:
+    ValueError: if `num_steps` is not in 1..T, or `spacing` unknown.
+  """
+  if not 1 <= num_steps <= num_train_steps:
+    raise ValueError(
+      f"{num_steps} sampling steps asked of a schedule with"
+      f" {num_train_steps}; use 1 to {num_train_steps}"
+    )
+  if spacing == "even":
+    times = np.linspace(num_train_steps, 0, num_steps + 1).round()
+  elif spacing == "leading":
+    stride = num_train_steps // num_steps
+    times = np.append(np.arange(num_steps)[::-1] * stride + 2, 1)
+    times = np.minimum(times, num_train_steps)
+  elif spacing == "linspace":
+    times = np.linspace(num_train_steps - 1, 0, num_steps + 1).round() + 1
+    times[-1] = 0
+  else:
+    raise ValueError(
+      f"unknown spacing {spacing!r}; use 'even', 'leading' or 'linspace'"
+    )
+  return times.astype(np.int32)
+
+
 def sample(
   denoise: Callable[[jax.Array, jax.Array], jax.Array],
   x_T: jax.Array,
@@ -38,6 +82,8 @@ def sample(
   schedule: Schedule,
   prediction: str,
   num_steps: int,
+  solver: str = "ddim",
+  spacing: str = "even",
   eta: float = 1.0,
 ) -> jax.Array:
   """Runs the reverse process from noise to data.
@@ -48,41 +94,59 @@ def sample(
     keys: one key per example [B]; noise depends on nothing else.
     schedule: noise schedule with T steps.
     prediction: what the network predicts: 'eps', 'x0' or 'v'.
-    num_steps: steps taken, equally spaced in 0..T; at most T.
+    num_steps: steps taken, at most T.
+    solver: 'ddim' or 'dpm++2m', which has no eta.
+    spacing: of the times, as for `sampling_times`.
     eta: 0 for DDIM, 1 for ancestral sampling.
 
   Returns:
     x_0 [B, ...].
 
   Raises:
-    ValueError: if `num_steps` is not in 1..T.
+    ValueError: if `num_steps` is not in 1..T, or a name is unknown.
   """
-  if not 1 <= num_steps <= schedule.num_steps:
-    raise ValueError(
-      f"{num_steps} sampling steps asked of a schedule with"
-      f" {schedule.num_steps}; use 1 to {schedule.num_steps}"
-    )
-  times = np.linspace(schedule.num_steps, 0, num_steps + 1).round()
-  times = times.astype(np.int32)
+  times = sampling_times(schedule.num_steps, num_steps, spacing)
   batch = x_T.shape[0]
+  abar = jnp.asarray(schedule.alpha_bar)
 
-  def step(x_t, t_and_s):
-    t, s = t_and_s
-    x_0, eps = to_x0_and_eps(
-      schedule,
-      prediction,
-      denoise(x_t, jnp.full(batch, t)),
-      x_t,
-      jnp.full(batch, t),
-    )
-    abar = jnp.asarray(schedule.alpha_bar)
+  def ddim(x_t, x_0, eps, t, s):
     abar_t, abar_s = abar[t], abar[s]
     sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
     z = example_normal(
       jax.vmap(jax.random.fold_in, (0, None))(keys, t), x_t.shape[1:]
     )
     direction = jnp.sqrt(jnp.maximum(1 - abar_s - sigma**2, 0))
-    return jnp.sqrt(abar_s) * x_0 + direction * eps + sigma * z, None
+    return jnp.sqrt(abar_s) * x_0 + direction * eps + sigma * z
 
-  x_0, _ = jax.lax.scan(step, x_T, (times[:-1], times[1:]))
+  half_log_snr = _half_log_snr(schedule)
+
+  def dpm(x_t, x_0, before, r, t, s):
+    rise = half_log_snr[s] - half_log_snr[t]
+    slope = rise / (half_log_snr[t] - half_log_snr[r]) / 2
+    middle = (r > t) & (s != times[-1])  # neither the first step nor the last
+    mixed = x_0 + jnp.where(middle, slope, 0) * (x_0 - before)
+    ratio = jnp.sqrt((1 - abar[s]) / (1 - abar[t]))
+    return ratio * x_t - jnp.sqrt(abar[s]) * jnp.expm1(-rise) * mixed
+
+  def step(carry, now_and_next):
+    x_t, before, r = carry
+    t, s = now_and_next
+    everyone = jnp.full(batch, t)
+    output = denoise(x_t, everyone)
+    x_0, eps = to_x0_and_eps(schedule, prediction, output, x_t, everyone)
+    if solver == "ddim":
+      return (ddim(x_t, x_0, eps, t, s), before, t), None
+    return (dpm(x_t, x_0, before, r, t, s), x_0, t), None
+
+  if solver not in ("ddim", "dpm++2m"):
+    raise ValueError(f"unknown solver {solver!r}; use 'ddim' or 'dpm++2m'")
+  start = (x_T, jnp.zeros_like(x_T), jnp.asarray(times[0]))
+  (x_0, _, _), _ = jax.lax.scan(step, start, (times[:-1], times[1:]))
   return x_0
+
+
+def _half_log_snr(schedule: Schedule) -> jax.Array:
+  """lambda [T + 1]; large, not infinite, for the data itself."""
+  abar = np.float64(schedule.alpha_bar)
+  noise = np.maximum(1 - abar, 1e-20)
+  return jnp.asarray((np.log(abar) - np.log(noise)) / 2, jnp.float32)
