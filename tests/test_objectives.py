@@ -204,6 +204,17 @@ def test_statistics_match_numpy(prior):
     assert scale[row] == pytest.approx(residual, rel=1e-6)
 
 
+def test_statistics_of_flat_images_without_a_cup_are_finite():
+  cases = make_cases()
+  flat = cases._replace(
+    image=np.full_like(cases.image, 9), mask=np.minimum(cases.mask, 1)
+  )
+  found = statistics.compute(flat, GROUP, 3, intensity_prior=True)["image"]
+  np.testing.assert_array_equal(found["intensity"][:, 2], 0)
+  np.testing.assert_allclose(found["intensity"][:, :2], 9 / 127.5 - 1)
+  np.testing.assert_allclose(found["scale"], 1 / 127.5)
+
+
 def test_statistics_have_the_announced_shapes():
   found = statistics.compute(make_cases(), GROUP, 3, intensity_prior=True)
   shapes = jax.tree.map(np.shape, statistics.shapes(3))

@@ -314,6 +314,12 @@ def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
   assert len({x.tobytes() for x in expected.image}) == len(number)
 
 
+def test_pmap_is_for_one_process(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="is for one process; use 'jit'"):
+    compile_step(lambda *x: x, mesh=make_mesh(), shardings=None, mode="pmap")
+
+
 def test_meshes_and_rules_are_checked():
   assert dict(make_mesh(4).shape) == {"data": 2, "fsdp": 4}
   with pytest.raises(ValueError, match="fsdp=3 does not divide the 8 devices"):

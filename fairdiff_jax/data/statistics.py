@@ -8,6 +8,7 @@ import numpy as np
 from fairdiff_jax.data.fairseg import Cases
 
 NUM_CLASSES = 3
+GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
 
 
 def shapes(num_groups: int) -> dict:
@@ -42,7 +43,8 @@ def compute(
     By network: points 'mean' [3] and 'std' [] ("global unit": one standard
     deviation for all coordinates); image 'intensity' [G + 1, 3], whose last
     row and rows of absent groups are the means over all cases, and 'scale'
-    [G + 1], the residual's standard deviation likewise.
+    [G + 1], the residual's standard deviation likewise, one grey level at the
+    least. A class without a pixel has intensity 0.
   """
   result = shapes(num_groups)
   flat = cases.points.reshape(-1, 3)
@@ -67,8 +69,8 @@ def compute(
     if not member.any():
       member = np.ones(len(group), bool)
     n, first, second = (x[member].sum(0) for x in (count, total, square))
-    mean = first / n
+    mean = first / np.maximum(n, 1)
     variance = np.sum(second - 2 * mean * first + mean**2 * n) / n.sum()
     result["image"]["intensity"][g] = mean
-    result["image"]["scale"][g] = np.sqrt(variance)
+    result["image"]["scale"][g] = max(np.sqrt(max(variance, 0)), GREY_LEVEL)
   return result

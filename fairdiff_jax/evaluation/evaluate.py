@@ -20,7 +20,7 @@ from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.loop import Setup, case_groups, setup
 from fairdiff_jax.training.mesh import map_batch
 
-SUBJECT, BASELINE = "FairDiff, joint", "Baseline (ERM)"
+BASELINE = "Baseline (ERM)"
 
 
 def make_predictor(
@@ -136,7 +136,9 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     case_groups(config, train),
   )
   size = config.evaluation.batch_size
-  predictors = {SUBJECT: make_predictor(run, inference, size)}
+  generates = {"points", "image"} <= run.objective.tasks.keys()
+  subject = "FairDiff, joint" if generates else "Segmenter"
+  predictors = {subject: make_predictor(run, inference, size)}
   if (workdir / "baseline" / "checkpoints").exists():
     baseline = setup(configs.load(workdir / "baseline"))
     _, parameters = restore_inference(workdir / "baseline", baseline.abstract)
@@ -145,7 +147,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     name: predict(test.image) for name, predict in predictors.items()
   }
   synthetic, agreements = None, None
-  if {"points", "image"} <= run.objective.tasks.keys():
+  if generates:
     per_group = config.evaluation.synthetic_per_group
     generated, group = synthesize(run, inference, per_group)
     synthetic = {
@@ -180,7 +182,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     cases={
       "image": test.image,
       "label": test.mask,
-      "prediction": predictions[SUBJECT],
+      "prediction": predictions[subject],
     },
     synthetic=synthetic,
     agreement=agreements,
@@ -189,11 +191,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     facts={
       "data": config.data.source,
       "attribute": config.data.attribute,
-      **(
-        {"pooled groups": ", ".join(config.data.pooled)}
-        if config.data.pooled
-        else {}
-      ),
+      "pooled groups": ", ".join(config.data.pooled) or "none",
       "image size": "x".join(map(str, config.data.size)),
       "training cases": len(train.name),
       "test cases": len(test.name),

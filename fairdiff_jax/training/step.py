@@ -149,7 +149,8 @@ def compile_step(
     A function of (state, this host's slice of the batch).
 
   Raises:
-    ValueError: if `mode` is unknown, or 'pmap' meets a sharded state.
+    ValueError: if `mode` is unknown, or 'pmap' meets a sharded state or more
+      than one process.
   """
   if mode == "jit":
     compiled = jax.jit(
@@ -163,6 +164,8 @@ def compile_step(
     raise ValueError(f"unknown parallel.compile {mode!r}; use 'jit' or 'pmap'")
   if mesh.shape["fsdp"] != 1:
     raise ValueError("parallel.compile='pmap' replicates; set parallel.fsdp=1")
+  if jax.process_count() > 1:
+    raise ValueError("parallel.compile='pmap' is for one process; use 'jit'")
   mapped = jax.pmap(
     partial(step, axis_name=AXIS),
     axis_name=AXIS,
