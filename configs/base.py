@@ -59,6 +59,7 @@ def base_config() -> ConfigDict:
         prediction="v",  # or 'eps', 'x0'
         dropout=0.1,  # of the condition, for guidance
         sample_steps=20,  # sampling steps
+        solver="ddim",  # or 'dpm++2m', which has no eta
         eta=1.0,  # 1 = ancestral, 0 = DDIM
         guidance=1.0,  # classifier-free guidance; 1 = none
       ),

@@ -45,6 +45,7 @@ def make_cases(groups=(0, 1, 2)):
     ("fairness.method", "varience", "unknown fairness method.*variance"),
     ("image.conditioning", "cross", "unknown image conditioning.*controlnet"),
     ("image.schedule", "cosin", "unknown schedule 'cosin'.*cosine"),
+    ("image.solver", "euler", "unknown solver 'euler'; use 'ddim' or"),
     ("image.sample_steps", 1001, "image.sample_steps=1001 is not in 1 to"),
     ("image.sample_steps", 0, "image.sample_steps=0 is not in 1 to"),
     ("parallel.fsdp", 3, "parallel.fsdp=3 does not divide the 8 devices"),

@@ -143,7 +143,12 @@ def test_manifest_says_where_each_case_is_from(exported, config):
     assert line["config_sha256"] == configs.config_hash(config)
     assert line["sampler"] == {
       "points": {"num_steps": 10},
-      "image": {"sample_steps": 2, "eta": 1.0, "guidance": 1.0},
+      "image": {
+        "sample_steps": 2,
+        "solver": "ddim",
+        "eta": 1.0,
+        "guidance": 1.0,
+      },
     }
 
 

@@ -74,6 +74,12 @@ def sampling_times(
   return times.astype(np.int32)
 
 
+def check_solver(name: str) -> None:
+  """Raises ValueError unless `sample` knows a solver of this name."""
+  if name not in ("ddim", "dpm++2m"):
+    raise ValueError(f"unknown solver {name!r}; use 'ddim' or 'dpm++2m'")
+
+
 def sample(
   denoise: Callable[[jax.Array, jax.Array], jax.Array],
   x_T: jax.Array,
@@ -138,8 +144,7 @@ def sample(
       return (ddim(x_t, x_0, eps, t, s), before, t), None
     return (dpm(x_t, x_0, before, r, t, s), x_0, t), None
 
-  if solver not in ("ddim", "dpm++2m"):
-    raise ValueError(f"unknown solver {solver!r}; use 'ddim' or 'dpm++2m'")
+  check_solver(solver)
   start = (x_T, jnp.zeros_like(x_T), jnp.asarray(times[0]))
   (x_0, _, _), _ = jax.lax.scan(step, start, (times[:-1], times[1:]))
   return x_0

@@ -24,7 +24,7 @@ from fairdiff_jax.diffusion.process import (
   target,
   to_x0_and_eps,
 )
-from fairdiff_jax.diffusion.samplers import example_normal
+from fairdiff_jax.diffusion.samplers import check_solver, example_normal
 from fairdiff_jax.diffusion.samplers import sample as reverse
 from fairdiff_jax.diffusion.schedule import make_schedule
 from fairdiff_jax.models.unet import ControlNet, UNet
@@ -80,7 +80,7 @@ def image_task(config, num_groups: int) -> Task:
   Args:
     config: network sizes, `conditioning` ('controlnet' or 'concat'),
       `dropout` of the condition, schedule, `prediction`, and the sampler's
-      `sample_steps`, `eta` and `guidance`.
+      `sample_steps`, `solver`, `eta` and `guidance`.
     num_groups: G.
 
   Returns:
@@ -91,7 +91,8 @@ def image_task(config, num_groups: int) -> Task:
     [B, H, W, 1] in [-1, 1].
 
   Raises:
-    ValueError: if `conditioning` is unknown, or `sample_steps` out of range.
+    ValueError: if `conditioning` or `solver` is unknown, or `sample_steps` out
+      of range.
   """
   if config.conditioning not in ("controlnet", "concat"):
     raise ValueError(
@@ -103,6 +104,7 @@ def image_task(config, num_groups: int) -> Task:
       f"image.sample_steps={config.sample_steps} is not in 1 to"
       f" image.num_steps={config.num_steps}"
     )
+  check_solver(config.solver)
   controlled = config.conditioning == "controlnet"
   sizes = dict(
     channels=tuple(config.channels),
@@ -195,6 +197,7 @@ def image_task(config, num_groups: int) -> Task:
       schedule=schedule,
       prediction=config.prediction,
       num_steps=config.sample_steps,
+      solver=config.solver,
       eta=config.eta,
     )
     return jnp.clip(x_0 * scale + prior, -1, 1)

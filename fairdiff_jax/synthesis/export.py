@@ -107,7 +107,8 @@ def export(
     samplers = {
       "points": {"num_steps": config.points.num_steps},
       "image": {
-        key: config.image[key] for key in ("sample_steps", "eta", "guidance")
+        key: config.image[key]
+        for key in ("sample_steps", "solver", "eta", "guidance")
       },
     }
     groups = [names[code] for code in group]
