@@ -19,15 +19,15 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is $(VERSION)" if sys.version_info < (3, 11) else 0)'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e .
+	$(VENV)/bin/pip install --quiet --no-compile -c constraints.txt -e .
 	touch $@
 
 $(TESTING): $(READY)
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
+	$(VENV)/bin/pip install --quiet --no-compile -c constraints.txt -e '.[test]'
 	touch $@
 
 $(PARITY): $(TESTING)
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test,parity]'
+	$(VENV)/bin/pip install --quiet --no-compile -c constraints.txt -e '.[test,parity]'
 	touch $@
 
 quickstart: install

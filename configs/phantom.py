@@ -17,12 +17,13 @@ def get_config(variant: str = ""):
   shrink_points(config)
   config.image.channels = (48, 64)
 
-  config.train.steps = 1450
-  config.train.points = (0, 1450)
-  config.train.image = (600, 1450)
-  config.train.segmenter = (1150, 1450)
+  config.train.steps = 1300
+  config.train.points = (0, 1300)
+  config.train.image = (600, 1300)
+  config.train.segmenter = (1000, 1300)
   config.bank.every = 150
   config.checkpoint.every = 300
+  config.evaluation.synthetic_per_group = 32
   config.objective.agreement = 0.1
   config.fairness.method = "variance"
   if variant == "smoke":

@@ -9,14 +9,20 @@ _ALONE = {
   "fairness.method": "erm",
   "fairness.strategy": "none",
 }
+_GENERATORS = {"train.points": (0, 1450), "train.image": (600, 1450)}
 # Generators first, then one bank, then the segmenter.
-_STAGED = {
+_STAGED = _GENERATORS | {
   "train.steps": 1750,
   "train.segmenter": (1450, 1750),
   "bank.every": 300,
   "checkpoint.every": 1450,
   "fairness.method": "erm",
   "fairness.strategy": "equal_scale",
+}
+_JOINT = _GENERATORS | {
+  "train.steps": 1450,
+  "train.segmenter": (1150, 1450),
+  "fairness.real_share": 0.5,
 }
 
 REFERENCE, CEILING = "ERM", "balanced real data"
@@ -28,7 +34,7 @@ METHODS = {
   "adversarial": _ALONE | {"fairness.method": "adversarial"},
   "Equal Scale, published": _STAGED | {"fairness.real_share": 0.0},
   "Equal Scale, half real": _STAGED | {"fairness.real_share": 0.5},
-  "joint, risk-tilted": {"fairness.real_share": 0.5, "fairness.tilt": 1.0},
+  "joint, risk-tilted": _JOINT | {"fairness.tilt": 1.0},
   CEILING: _ALONE | {"data.phantom.train": 900, "data.phantom.balanced": True},
 }
 # The methods whose generators, up to the step of their only bank, are the
