@@ -110,7 +110,7 @@ def test_differences_name_the_fields():
   new.fairness.method = "gap"
   new.points.encoder_widths = (1, 2)
   assert configs.differences(old, new) == [
-    "fairness.method: none before, gap now",
+    "fairness.method: erm before, gap now",
     "image.patch: 4 before, 8 now",
     "points.encoder_widths: [128, 128, 256, 512] before, [1, 2] now",
   ]
