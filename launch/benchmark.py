@@ -59,6 +59,7 @@ def main(_):
     num_groups = len(run.objective.group_names)
     batch = random_batch(config, num_groups)
     stats = jax.tree.map(np.ones_like, statistics.shapes(num_groups))
+    stats = {name: stats[name] for name in run.objective.tasks}
     states[value] = run.init(stats, np.ones(num_groups, np.float32))
     steps[value] = make_step(run, tuple(run.objective.tasks))
     states[value], _ = steps[value](states[value], batch)
