@@ -282,13 +282,18 @@ def group_codes(
   return np.where(unknown, UNKNOWN, np.asarray(index)[code]).astype(np.int32)
 
 
+def group_counts(group: np.ndarray, num_groups: int) -> np.ndarray:
+  """Cases of every group [G]; those of unknown group count nowhere."""
+  return np.bincount(group[group >= 0], minlength=num_groups)
+
+
 def small_groups(
   attribute: str, attributes: Mapping[str, np.ndarray], min_cases: int
 ) -> tuple[str, ...]:
   """Names of the groups with fewer than `min_cases` cases; none if 0."""
   names = group_names(attribute)
   code = group_codes(attribute, attributes)
-  counts = np.bincount(code[code >= 0], minlength=len(names))
+  counts = group_counts(code, len(names))
   return tuple(
     name for name, count in zip(names, counts, strict=True) if count < min_cases
   )

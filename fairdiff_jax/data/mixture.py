@@ -21,6 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fairdiff_jax.data.attributes import group_counts
+
 STRATEGIES = ("none", "repeat_sample", "equal_scale")
 
 
@@ -70,7 +72,7 @@ def group_sizes(
     risk: running risk [G] of the groups, 0 or None while it is not known.
     tilt: exponent of the risk; 0 gives every group N.
   """
-  counts = np.bincount(group[group >= 0], minlength=num_groups)
+  counts = group_counts(group, num_groups)
   size = size or counts.max(initial=0)
   if not tilt or risk is None or not np.all(np.asarray(risk) > 0):
     return np.full(num_groups, size)
@@ -93,7 +95,7 @@ def synthetic_quota(
   """
   if not 0 <= real_share <= 1:
     raise ValueError(f"fairness.real_share={real_share} is not in 0..1")
-  counts = np.bincount(group[group >= 0], minlength=len(sizes))
+  counts = group_counts(group, len(sizes))
   real = np.maximum(counts, np.ceil(real_share * sizes).astype(int))
   return np.maximum(sizes - real, 0)
 

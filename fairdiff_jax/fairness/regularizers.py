@@ -243,18 +243,32 @@ def _febs_published(gamma: float, dice_weight: float) -> Regularizer:
   return Regularizer(lambda cases: (), penalty)
 
 
-METHODS = (
-  "erm",
-  "variance",
-  "gap",
-  "worst",
-  "equity",
-  "mmd",
-  "group_dro",
-  "febs",
-  "febs_published",
-  "adversarial",
-)
+def _none() -> Regularizer:
+  return _on_risks(lambda risk, known: jnp.zeros((), risk.dtype))
+
+
+# Regularizers by name, of the config and the weight of Dice in the loss.
+_MAKERS = {
+  "erm": lambda config, dice_weight: _none(),
+  "variance": lambda config, dice_weight: _on_risks(_variance),
+  "gap": lambda config, dice_weight: _on_risks(_gap),
+  "worst": lambda config, dice_weight: _on_risks(
+    partial(_worst, temperature=config.temperature)
+  ),
+  "equity": lambda config, dice_weight: _on_risks(_equity),
+  "mmd": lambda config, dice_weight: Regularizer(lambda num_cases: (), _mmd),
+  "group_dro": lambda config, dice_weight: _group_dro(
+    config.step_size, config.adjustment
+  ),
+  "febs": lambda config, dice_weight: _febs(
+    config.gamma, dice_weight, config.decay
+  ),
+  "febs_published": lambda config, dice_weight: _febs_published(
+    config.gamma, dice_weight
+  ),
+  "adversarial": lambda config, dice_weight: _none(),
+}
+METHODS = tuple(_MAKERS)
 
 
 def make_regularizer(config, dice_weight: float = 1.0) -> Regularizer:
@@ -269,23 +283,11 @@ def make_regularizer(config, dice_weight: float = 1.0) -> Regularizer:
   Raises:
     ValueError: if the method is unknown.
   """
-  nothing = _on_risks(lambda risk, known: jnp.zeros((), risk.dtype))
-  makers = {
-    "erm": lambda: nothing,
-    "variance": lambda: _on_risks(_variance),
-    "gap": lambda: _on_risks(_gap),
-    "worst": lambda: _on_risks(partial(_worst, temperature=config.temperature)),
-    "equity": lambda: _on_risks(_equity),
-    "mmd": lambda: Regularizer(lambda num_cases: (), _mmd),
-    "group_dro": lambda: _group_dro(config.step_size, config.adjustment),
-    "febs": lambda: _febs(config.gamma, dice_weight, config.decay),
-    "febs_published": lambda: _febs_published(config.gamma, dice_weight),
-    "adversarial": lambda: nothing,
-    "none": lambda: nothing,
-  }
-  if config.method not in makers:
+  # 'none' is another name of 'erm'.
+  maker = _MAKERS.get("erm" if config.method == "none" else config.method)
+  if maker is None:
     raise ValueError(
       f"unknown fairness method {config.method!r}; use one of"
       f" {', '.join(METHODS)}"
     )
-  return makers[config.method]()
+  return maker(config, dice_weight)

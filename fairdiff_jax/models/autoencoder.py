@@ -20,6 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.models.unet import upsample
+
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -106,7 +108,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    x = upsample(x)
     return nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name="conv")(x)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairdiff_jax.models.unet import depth_to_space, space_to_depth
+from fairdiff_jax.models.unet import depth_to_space, space_to_depth, upsample
 
 
 class SmallUNet(nn.Module):
@@ -37,7 +37,7 @@ class SmallUNet(nn.Module):
       skips.append(x)
     self.sow("intermediates", "features", jnp.mean(x, axis=(1, 2)))
     for i in reversed(range(len(self.channels) - 1)):
-      x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+      x = upsample(x)
       x = jnp.concatenate([x, skips[i]], axis=-1)
       x = self._block(x, self.channels[i], f"up_{i}")
     x = nn.Conv(self.num_classes * self.patch**2, (1, 1), name="conv_out")(x)

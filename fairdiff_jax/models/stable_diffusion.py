@@ -15,21 +15,17 @@ Images are NHWC. Parameters are float32; `dtype` is that of the computation,
 but for normalisations and softmax, which are float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fairdiff_jax.models.unet import timestep_embedding
+from fairdiff_jax.models.unet import timestep_embedding, upsample
 
 Dtype = Any
 Residuals = tuple[tuple[jax.Array, ...], jax.Array]
-
-# Top levels of the parameters that only one of the two networks has.
-UNET_ONLY = ("up_blocks_", "conv_norm_out", "conv_out")
-CONTROLNET_ONLY = "controlnet_"
 
 
 def attention_implementation(head_size: int, dtype: Dtype) -> str:
@@ -50,56 +46,6 @@ def attention_implementation(head_size: int, dtype: Dtype) -> str:
     and head_size % 8 == 0
   )
   return "cudnn" if fused else "xla"
-
-
-def controlnet_from_unet(
-  unet_params: Mapping[str, Any], controlnet_params: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Starts a ControlNet from a U-Net, as Zhang et al. train theirs.
-
-  Args:
-    unet_params: 'params' of a `StableDiffusionUNet`.
-    controlnet_params: 'params' of a `StableDiffusionControlNet` of the same
-      sizes, for the layers that the U-Net lacks.
-
-  Returns:
-    New 'params' of the ControlNet. What comes from the U-Net is copied, so
-    that one step may donate both networks' buffers.
-
-  Raises:
-    ValueError: the networks' encoders are not the same; the message lists the
-      differences.
-  """
-  encoder = {
-    name: value
-    for name, value in unet_params.items()
-    if not name.startswith(UNET_ONLY)
-  }
-  own = {
-    name: value
-    for name, value in controlnet_params.items()
-    if name.startswith(CONTROLNET_ONLY)
-  }
-  replaced = {k: v for k, v in controlnet_params.items() if k not in own}
-  found, wanted = _shapes(encoder), _shapes(replaced)
-  wrong = [
-    f"{path}: {found.get(path, 'missing')}, not {wanted.get(path, 'expected')}"
-    for path in sorted(found.keys() | wanted.keys())
-    if found.get(path) != wanted.get(path)
-  ]
-  if wrong:
-    raise ValueError(
-      "the U-Net does not fit the ControlNet:\n  " + "\n  ".join(wrong)
-    )
-  return {**jax.tree.map(jnp.copy, encoder), **own}
-
-
-def _shapes(tree):
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
-    for path, leaf in leaves
-  }
 
 
 def _conv(channels, dtype, *, name, size=3, strides=1, zero=False):
@@ -261,7 +207,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x, size):
-    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    x = upsample(x)
     x = x[:, : size[0], : size[1]]
     return _conv(x.shape[-1], self.dtype, name="conv")(x)
 

@@ -38,6 +38,11 @@ def depth_to_space(x: jax.Array, size: int) -> jax.Array:
   )
 
 
+def upsample(x: jax.Array) -> jax.Array:
+  """Every pixel of [B, H, W, C] as 2 x 2 of them."""
+  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
 def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
   """Sinusoids [B, dim] of t [B] (Vaswani et al. 2017), cosines first."""
   frequency = np.exp(-np.log(10000) * np.arange(dim // 2) / (dim // 2))
@@ -249,7 +254,7 @@ class UNet(nn.Module):
       h = level(h, embedding, skips[-taken:])[-1]
       del skips[-taken:]
       if i:
-        h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+        h = upsample(h)
         h = nn.Conv(self.channels[i], (3, 3), name=f"upsample_{i}")(h)
     h = nn.silu(_group_norm(h, "norm_out"))
     if self.patch == 1:

@@ -7,10 +7,51 @@ network is filled, and no shape is adjusted in silence.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+  """A file's tensors by name; floating-point ones of a .pth as float32.
+
+  Args:
+    path: .safetensors, or PyTorch's .pth or .ckpt, which needs PyTorch and is
+      read without running any code that is in it.
+
+  Raises:
+    ImportError: PyTorch is needed and not installed.
+    ValueError: the file holds other things than tensors.
+  """
+  path = Path(path)
+  if path.suffix == ".safetensors":
+    return safetensors.numpy.load_file(path)
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"reading {path} needs PyTorch; install it, or convert the file to"
+      " .safetensors"
+    ) from error
+  try:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:
+    raise ValueError(
+      f"{path} cannot be read as tensors alone; save its state dict alone, or "
+      f"as .safetensors: {error}"
+    ) from error
+  tensors = content.get("state_dict", content)
+  odd = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
+  if odd:
+    raise ValueError(f"{path}: not tensors: {sorted(odd)}")
+  # NumPy has no bfloat16.
+  return {
+    k: (v.float() if v.is_floating_point() else v).numpy()
+    for k, v in tensors.items()
+  }
 
 
 class Source:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 from fairdiff_jax.models import sam
@@ -68,7 +67,7 @@ def load(
     raise ValueError(
       f"image_size must be a multiple of {sam.PATCH}, got {image_size}"
     )
-  source = graft.Source(_read(Path(path)))
+  source = graft.Source(graft.read(path))
   original = SAMed(rank=rank, **_sizes(source))
   expected = _shapes(original)
   expected["params"].pop("lora")
@@ -227,17 +226,3 @@ def _interpolate(array, sizes):
   return np.asarray(
     jax.image.resize(jnp.asarray(array), shape, "linear", antialias=False)
   )
-
-
-def _read(path):
-  if path.suffix == ".safetensors":
-    return safetensors.numpy.load_file(path)
-  try:
-    import torch
-  except ImportError as error:
-    raise ImportError(
-      f"reading {path.name} needs PyTorch; install it, or convert the file to"
-      " .safetensors"
-    ) from error
-  tensors = torch.load(path, map_location="cpu", weights_only=True)
-  return {name: tensor.numpy() for name, tensor in tensors.items()}

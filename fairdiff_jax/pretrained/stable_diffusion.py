@@ -38,6 +38,12 @@ Network = tuple[nn.Module, dict[str, Any]]
 # Attributes of a module that say how it runs, not what it is.
 RUNTIME = ("parent", "name", "dtype", "remat")
 
+# Top levels of the parameters that only one of the two networks has.
+UNET_ONLY = ("up_blocks_", "conv_norm_out", "conv_out")
+CONTROLNET_ONLY = "controlnet_"
+
+PROMPTS = "prompts.safetensors"
+
 # Files that hold a network's tensors, besides their indices.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -311,6 +317,44 @@ def save(
     _save_network(KINDS[name], Path(directory), module, variables)
 
 
+def controlnet_from_unet(
+  unet_params: Mapping[str, Any], controlnet_params: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Starts a ControlNet from a U-Net, as Zhang et al. train theirs.
+
+  Args:
+    unet_params: 'params' of a `StableDiffusionUNet`.
+    controlnet_params: 'params' of a `StableDiffusionControlNet` of the same
+      sizes, for the layers that the U-Net lacks.
+
+  Returns:
+    New 'params' of the ControlNet. What comes from the U-Net is copied, so
+    that one step may donate both networks' buffers.
+
+  Raises:
+    ValueError: the networks' encoders are not the same; the message lists the
+      differences.
+  """
+  encoder = {
+    name: value
+    for name, value in unet_params.items()
+    if not name.startswith(UNET_ONLY)
+  }
+  own = {
+    name: value
+    for name, value in controlnet_params.items()
+    if name.startswith(CONTROLNET_ONLY)
+  }
+  replaced = {k: v for k, v in controlnet_params.items() if k not in own}
+  try:
+    graft.require_shapes(encoder, replaced)
+  except ValueError as error:
+    raise ValueError(
+      f"the U-Net does not fit the ControlNet: {error}"
+    ) from error
+  return {**jax.tree.map(jnp.copy, encoder), **own}
+
+
 def load_single_file(path: str | Path) -> dict[str, Network]:
   """Reads the original's layout, in which one file holds every network.
 
@@ -331,10 +375,7 @@ def load_single_file(path: str | Path) -> dict[str, Network]:
       tensors; or a tensor is missing, left over or of an unexpected shape.
   """
   path = Path(path)
-  if path.suffix == ".safetensors":
-    arrays = _read_safetensors(path)
-  else:
-    arrays = _read_torch(path)
+  arrays = graft.read(path)
   networks, used = {}, set()
   for name, prefix in PREFIXES.items():
     part = {
@@ -383,44 +424,17 @@ def _read_folder(folder):
   """A network's tensors by name, from one file or from those of an index."""
   for name in WEIGHTS:
     if (folder / name).is_file():
-      return _read_safetensors(folder / name)
+      return graft.read(folder / name)
     index = folder / f"{name}.index.json"
     if index.is_file():
       shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
       arrays = {}
       for shard in sorted(set(shards.values())):
-        arrays |= _read_safetensors(folder / shard)
+        arrays |= graft.read(folder / shard)
       return arrays
   raise FileNotFoundError(
     f"{folder} has neither {' nor '.join(WEIGHTS)}, nor an index of them"
   )
-
-
-def _read_safetensors(path):
-  return safetensors.numpy.load_file(path)
-
-
-def _read_torch(path):
-  try:
-    import torch
-  except ImportError as error:
-    raise ImportError(f"reading {path} needs PyTorch") from error
-  try:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:
-    raise ValueError(
-      f"{path} cannot be read as tensors alone; save its state dict alone, or "
-      f"as .safetensors: {error}"
-    ) from error
-  tensors = content.get("state_dict", content)
-  odd = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
-  if odd:
-    raise ValueError(f"{path}: not tensors: {sorted(odd)}")
-  # NumPy has no bfloat16.
-  return {
-    k: (v.float() if v.is_floating_point() else v).numpy()
-    for k, v in tensors.items()
-  }
 
 
 def _assemble(kind, config, arrays):

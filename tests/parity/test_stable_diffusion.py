@@ -11,8 +11,8 @@ from fairdiff_jax.models.stable_diffusion import (
   StableDiffusionControlNet,
   StableDiffusionUNet,
   attention_implementation,
-  controlnet_from_unet,
 )
+from fairdiff_jax.pretrained.stable_diffusion import controlnet_from_unet
 
 CONFIG = {
   "block_out_channels": (16, 32, 32),
