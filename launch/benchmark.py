@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from fairdiff_jax.data import statistics
-from fairdiff_jax.training.loop import make_step, setup
+from fairdiff_jax.training.loop import describe_batch, make_step, setup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
 FIELD = flags.DEFINE_string("field", "fairness.method", "Field to vary.")
@@ -27,26 +27,22 @@ STEPS = flags.DEFINE_integer("steps", 5, "Steps per value and round.")
 flags.mark_flag_as_required("config")
 
 
-def random_batch(config, num_groups):
+def random_batch(config, num_groups, active):
   """A batch of noise with the shapes of a run's batches."""
   rng = np.random.default_rng(0)
-  height, width = config.data.size
 
-  def part(size):
-    return {
-      "image": rng.uniform(-1, 1, (size, height, width, 1)).astype(np.float32),
-      "mask": rng.integers(0, 3, (size, height, width), np.int32),
-      "points": rng.normal(
-        scale=10, size=(size, config.points.num_points, 3)
-      ).astype(np.float32),
-      "group": rng.integers(0, num_groups, size, np.int32),
-      "weight": np.ones(size, np.float32),
-    }
+  def draw(path, like):
+    name = path[-1].key
+    if name == "weight":
+      return np.ones(like.shape, np.float32)
+    if name in ("mask", "group"):
+      return rng.integers(
+        0, 3 if name == "mask" else num_groups, like.shape, np.int32
+      )
+    scale = 10 if name == "points" else 0.5
+    return rng.normal(scale=scale, size=like.shape).astype(np.float32)
 
-  return {
-    "generation": part(config.train.generation_batch),
-    "segmentation": part(config.train.segmentation_batch),
-  }
+  return jax.tree_util.tree_map_with_path(draw, describe_batch(config, active))
 
 
 def main(_):
@@ -57,7 +53,7 @@ def main(_):
       config.update_from_flattened_dict({FIELD.value: value})
     run = setup(config)
     num_groups = len(run.objective.group_names)
-    batch = random_batch(config, num_groups)
+    batch = random_batch(config, num_groups, tuple(run.objective.tasks))
     stats = jax.tree.map(np.ones_like, statistics.shapes(num_groups))
     stats = {name: stats[name] for name in run.objective.tasks}
     states[value] = run.init(stats, np.ones(num_groups, np.float32))

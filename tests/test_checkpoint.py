@@ -26,6 +26,7 @@ def make_state(step):
     ema=weights(step + 100),
     batch_stats={"segmenter": {}},
     frozen={"segmenter": {"mean": jnp.arange(3.0)}},
+    imported={"segmenter": {}},
     opt_state=weights(step + 200),
     fairness=(),
   )
@@ -58,7 +59,9 @@ def test_split_and_join():
   state = make_state(1)
   parts = checkpoint.split(state)
   assert set(parts["inference"]) == {"ema", "batch_stats", "frozen"}
-  assert fingerprint(checkpoint.join(parts)) == fingerprint(state)
+  assert fingerprint(checkpoint.join(parts, {"segmenter": {}})) == fingerprint(
+    state
+  )
 
 
 def test_round_trip(tmp_path, abstract):
@@ -67,13 +70,15 @@ def test_round_trip(tmp_path, abstract):
   step, parts = checkpoints.restore(abstract, ("inference", "training"))
   checkpoints.close()
   assert step == 6
-  assert fingerprint(checkpoint.join(parts)) == fingerprint(make_state(6))
+  assert fingerprint(checkpoint.join(parts, {"segmenter": {}})) == fingerprint(
+    make_state(6)
+  )
 
 
 def test_inference_alone_reads_nothing_else(tmp_path, abstract):
   save(tmp_path, 3)
   shutil.rmtree(tmp_path / "checkpoints" / "3" / "training")
-  step, inference = checkpoint.restore_inference(tmp_path, abstract)
+  step, inference = checkpoint.restore_inference(tmp_path, None, abstract)
   assert step == 3
   assert fingerprint(inference) == fingerprint(
     checkpoint.split(make_state(3))["inference"]
@@ -85,7 +90,7 @@ def test_nothing_to_restore(tmp_path, abstract):
   assert checkpoints.restore(abstract) is None
   checkpoints.close()
   with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-    checkpoint.restore_inference(tmp_path, abstract)
+    checkpoint.restore_inference(tmp_path, None, abstract)
 
 
 def test_facts(tmp_path):
@@ -110,7 +115,7 @@ def test_a_reader_leaves_a_save_in_progress_alone(tmp_path, abstract):
   save(tmp_path, 3)
   unfinished = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
   shutil.copytree(tmp_path / "checkpoints" / "3", unfinished)
-  assert checkpoint.restore_inference(tmp_path, abstract)[0] == 3
+  assert checkpoint.restore_inference(tmp_path, None, abstract)[0] == 3
   assert unfinished.exists()
   save(tmp_path, 6)
   assert not unfinished.exists()
@@ -176,14 +181,18 @@ def test_damage_is_noticed_and_replaced(tmp_path, abstract, kind):
   checkpoints = Checkpoints(tmp_path, 2)
   step, parts = checkpoints.restore(abstract, ("inference", "training"))
   assert step == 3
-  assert fingerprint(checkpoint.join(parts)) == fingerprint(make_state(3))
+  assert fingerprint(checkpoint.join(parts, {"segmenter": {}})) == fingerprint(
+    make_state(3)
+  )
   checkpoints.save(make_state(6), facts={"bank": None})
   checkpoints.close()
   checkpoints = Checkpoints(tmp_path)
   step, parts = checkpoints.restore(abstract, ("inference", "training"))
   checkpoints.close()
   assert step == 6
-  assert fingerprint(checkpoint.join(parts)) == fingerprint(make_state(6))
+  assert fingerprint(checkpoint.join(parts, {"segmenter": {}})) == fingerprint(
+    make_state(6)
+  )
 
 
 def test_damage_is_warned_of(tmp_path, abstract, caplog):

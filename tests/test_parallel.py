@@ -30,6 +30,7 @@ TOLERANCE = 1e-5
 def tiny_config(**changes):
   config = get_config("smoke").unlock()
   config.data.size = (SIZE, SIZE)
+  config.train.generation_batch = config.train.segmentation_batch = BATCH
   config.points.num_points = config.data.num_points = 12
   config.points.num_steps = 4
   for name in NETWORKS:
@@ -149,11 +150,11 @@ def make_batch(seed, garbage=0):
   weight[[1, 6, 7, 12, 15]] = 0  # rows 6 and 7 are a whole shard
   group = np.repeat([0, 1, -1, 0, 2, 2, -1, 0], 2).astype(np.int32)
 
-  def part(rng, noise):
+  def part(rng, noise, num_points):
     found = {
       "image": rng.uniform(-1, 1, (BATCH, SIZE, SIZE, 1)).astype(np.float32),
       "mask": rng.integers(0, 3, (BATCH, SIZE, SIZE)).astype(np.int32),
-      "points": rng.normal(8, 4, (BATCH, 12, 3)).astype(np.float32),
+      "points": rng.normal(8, 4, (BATCH, num_points, 3)).astype(np.float32),
     }
     padding = weight == 0
     for key, value in found.items():
@@ -168,7 +169,10 @@ def make_batch(seed, garbage=0):
     return found | {"weight": weight}
 
   rng, noise = np.random.default_rng(seed), np.random.default_rng(garbage)
-  return {k: part(rng, noise) for k in ("generation", "segmentation")}
+  return {
+    "generation": part(rng, noise, 12),
+    "segmentation": part(rng, noise, 0),
+  }
 
 
 def train(step, state, batches):
@@ -280,7 +284,7 @@ def test_checkpoints_move_between_meshes(runs, results, tmp_path):
       runs[layout].abstract, ("inference", "training")
     )
     checkpoints.close()
-    state = join(parts)
+    state = join(parts, runs[layout].abstract.imported)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, to_host(state), expected)
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
@@ -297,7 +301,8 @@ def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
     run = runs[layout]
     config = run.config.copy_and_resolve_references().unlock()
     config.bank.max_attempts = 50  # the network is not trained
-    inference = split(on(run, initial))["inference"]
+    state = on(run, initial)
+    inference = split(state)["inference"] | {"imported": state.imported}
     return partial(make_generator(run._replace(config=config)), inference, 7)
 
   one = generator("one")
@@ -317,7 +322,9 @@ def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
 def test_pmap_is_for_one_process(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(ValueError, match="is for one process; use 'jit'"):
-    compile_step(lambda *x: x, mesh=make_mesh(), shardings=None, mode="pmap")
+    compile_step(
+      lambda *x: x, mesh=make_mesh(), state=None, batch=None, mode="pmap"
+    )
 
 
 def test_meshes_and_rules_are_checked():
@@ -329,7 +336,7 @@ def test_meshes_and_rules_are_checked():
   with pytest.raises(ValueError, match="a batch of 12 cannot be split over 8"):
     host_slice(12)
   assert host_slice(16) == slice(0, 16)
-  compiled = partial(compile_step, lambda *x: x, shardings=None)
+  compiled = partial(compile_step, lambda *x: x, state=None, batch=None)
   with pytest.raises(ValueError, match=r"unknown parallel\.compile 'xmap'"):
     compiled(mesh=make_mesh(), mode="xmap")
   with pytest.raises(ValueError, match=r"set parallel\.fsdp=1"):

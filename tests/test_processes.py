@@ -102,7 +102,7 @@ def read(workdir):
   step, parts = checkpoints.restore(run.abstract, ("inference", "training"))
   checkpoints.close()
   assert step == OVERRIDES["train.steps"]
-  return [json.loads(line) for line in lines], to_host(join(parts))
+  return [json.loads(line) for line in lines], to_host(join(parts, {}))
 
 
 @pytest.fixture(scope="module")

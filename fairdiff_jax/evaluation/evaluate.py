@@ -127,7 +127,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
   workdir = Path(workdir)
   config = configs.load(workdir)
   run = setup(config)
-  step, inference = restore_inference(workdir, run.abstract)
+  step, inference = restore_inference(workdir, run.objective, run.abstract)
   names = run.objective.group_names
   data = configs.data_directory(config, workdir)
   test, train = load(data, "test"), load(data, "train")
@@ -141,7 +141,9 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
   predictors = {subject: make_predictor(run, inference, size)}
   if (workdir / "baseline" / "checkpoints").exists():
     baseline = setup(configs.load(workdir / "baseline"))
-    _, parameters = restore_inference(workdir / "baseline", baseline.abstract)
+    _, parameters = restore_inference(
+      workdir / "baseline", baseline.objective, baseline.abstract
+    )
     predictors[BASELINE] = make_predictor(baseline, parameters, size)
   predictions = {
     name: predict(test.image) for name, predict in predictors.items()

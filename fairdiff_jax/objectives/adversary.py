@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fairdiff_jax.objectives.task import Task
+from fairdiff_jax.objectives.task import Task, Variables
 
 
 def reverse(x: jax.Array, strength: float) -> jax.Array:
@@ -41,7 +41,8 @@ def adversary_task(width: int, num_features: int, num_groups: int) -> Task:
   module = Adversary(width, num_groups)
 
   def init(key):
-    return module.init(key, jnp.zeros((1, num_features)))["params"], {}
+    variables = module.init(key, jnp.zeros((1, num_features)))
+    return Variables(variables["params"], {}, {})
 
   def risk(variables, batch, keys, train):
     del keys, train

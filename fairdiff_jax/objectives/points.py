@@ -19,7 +19,7 @@ from fairdiff_jax.models.point_cloud import (
   log_prior,
   posterior_entropy,
 )
-from fairdiff_jax.objectives.task import Task
+from fairdiff_jax.objectives.task import Task, Variables
 
 
 def points_task(config, num_groups: int, axis_name: str | None = None) -> Task:
@@ -59,7 +59,7 @@ def points_task(config, num_groups: int, axis_name: str | None = None) -> Task:
 
   def init(key):
     variables = module.init(key, jnp.zeros((2, config.num_points, 3)))
-    return variables["params"], variables["batch_stats"]
+    return Variables(variables["params"], variables["batch_stats"], {})
 
   def risk(variables, batch, keys, train):
     x_0 = batch["points"] - variables.frozen["mean"]

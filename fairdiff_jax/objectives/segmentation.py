@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fairdiff_jax.fairness.regularizers import DiceTerms
 from fairdiff_jax.models.small_unet import SmallUNet
-from fairdiff_jax.objectives.task import Task
+from fairdiff_jax.objectives.task import Task, Variables
 
 NUM_CLASSES = 3  # background, rim, cup
 
@@ -63,7 +63,7 @@ def segmentation_task(config) -> Task:
 
   def init(key):
     image = jnp.zeros((1, size, size, 1))
-    return module.init(key, image)["params"], {}
+    return Variables(module.init(key, image)["params"], {}, {})
 
   def risk(variables, batch, keys, train):
     del keys

@@ -14,7 +14,7 @@ class Variables(NamedTuple):
   Attributes:
     params: what learns.
     batch_stats: running statistics of batch normalisation.
-    frozen: constants taken from the training data or imported weights.
+    frozen: constants: statistics of the training data, imported weights.
   """
 
   params: PyTree
@@ -26,12 +26,16 @@ class Task(NamedTuple):
   """A network's part in the joint objective.
 
   Attributes:
-    init: key -> (params, batch_stats).
+    init: key -> Variables drawn at random; `frozen` holds no statistics yet,
+      only stand-ins of the weights that must be imported.
     risk: (variables, batch, keys [B], train) -> (losses [B], aux); `aux` is a
       dict that holds 'batch_stats' and what other terms need.
     sample: draws from the network; its signature is the network's own.
+    load: () -> Variables to start from, as numpy arrays, in place of those of
+      `init`; None where the config names no weights.
   """
 
-  init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+  init: Callable[[jax.Array], Variables]
   risk: Callable[..., tuple[jax.Array, dict[str, Any]]]
   sample: Callable[..., jax.Array] | None = None
+  load: Callable[[], Variables] | None = None

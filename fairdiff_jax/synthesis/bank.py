@@ -43,7 +43,7 @@ def make_refill(run: Setup) -> Callable[..., Synthetic]:
       # Every bank is new: its noise is of its own step.
       seed = run.config.seed * 1_000_003 + step
       size = run.config.bank.batch_size
-      inference = split(state)["inference"]
+      inference = split(state)["inference"] | {"imported": state.imported}
       chunks = [
         generate(inference, seed, np.arange(len(group))[rows], group[rows])
         for rows in tqdm(

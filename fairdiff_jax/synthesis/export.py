@@ -62,7 +62,7 @@ def export(
       f" {', '.join(run.objective.tasks)} alone. Sample from a run whose"
       " train.points and train.image are not empty"
     )
-  step, inference = restore_inference(workdir, run.abstract)
+  step, inference = restore_inference(workdir, run.objective, run.abstract)
   names = run.objective.group_names
   request = {
     "attribute": attribute,

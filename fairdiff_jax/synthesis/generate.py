@@ -44,8 +44,8 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
 
   Returns:
     (inference, seed, number [n], group [n]) -> Generated, with `inference`
-    the state's 'ema', 'batch_stats' and 'frozen', `seed` that of all noise,
-    and n at most `bank.batch_size`.
+    the state's fields that `network` takes, `seed` that of all noise, and n
+    at most `bank.batch_size`.
   """
   config = run.config.bank
   shape = tuple(run.config.data.size)

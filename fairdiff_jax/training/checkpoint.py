@@ -1,8 +1,9 @@
 """Checkpoints of a run.
 
-Every checkpoint has two parts: 'inference' (averaged parameters, statistics,
-constants: all that sampling and evaluation need) and 'training' (the rest of
-the state). Orbax writes into a temporary directory and renames it, so that a
+Every checkpoint has two parts: 'inference' (averaged parameters and statistics:
+all that sampling and evaluation need) and 'training' (the rest of the state).
+Frozen weights that were imported are in neither: they are read again, and must
+be the same. Orbax writes into a temporary directory and renames it, so that a
 checkpoint is complete or absent; a complete one that cannot be read, or whose
 arrays are not those that were saved, is reported and the one before it is
 taken.
@@ -19,28 +20,43 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
+from fairdiff_jax.objectives.joint import Objective
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.mesh import to_host
+from fairdiff_jax.training.start import import_weights
 from fairdiff_jax.training.step import TrainState
 
 INFERENCE = ("ema", "batch_stats", "frozen")
 
 
 def split(state: TrainState) -> dict[str, dict[str, Any]]:
-  """The two parts of a state, as dicts of its fields."""
+  """The two parts of a state, as dicts of its fields, less 'imported'."""
   fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+  del fields["imported"]
   inference = {name: fields.pop(name) for name in INFERENCE}
   return {"inference": inference, "training": fields}
 
 
 def network(inference: dict[str, Any], name: str) -> Variables:
-  """A network's averaged variables from the inference part of a state."""
-  return Variables(*(inference[field][name] for field in INFERENCE))
+  """A network's averaged variables.
+
+  Args:
+    inference: the state's fields 'ema', 'batch_stats', 'frozen', 'imported'.
+    name: of the network.
+  """
+  ema, batch_stats, frozen, imported = (
+    inference[field][name] for field in (*INFERENCE, "imported")
+  )
+  return Variables(ema, batch_stats, {**frozen, **imported})
 
 
-def join(parts: dict[str, dict[str, Any]]) -> TrainState:
+def join(
+  parts: dict[str, dict[str, Any]], imported: dict[str, Any]
+) -> TrainState:
   """Inverse of `split`."""
-  return TrainState(**parts["inference"], **parts["training"])
+  return TrainState(
+    **parts["inference"], **parts["training"], imported=imported
+  )
 
 
 def fingerprint(tree: Any) -> str:
@@ -64,6 +80,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str | Path, keep: int | None = None):
+    self._imported = None  # fingerprint of weights that never change
     policies = ocp.training.preservation_policies
     saves = ocp.training.save_decision_policies
     self._checkpointer = ocp.training.Checkpointer(
@@ -89,6 +106,9 @@ class Checkpoints:
     """
     parts = split(state)
     digests = {name: fingerprint(part) for name, part in parts.items()}
+    if self._imported is None:
+      self._imported = fingerprint(state.imported)
+    digests["imported"] = self._imported
     self._checkpointer.save_checkpointables_async(
       int(state.step),
       parts,
@@ -136,6 +156,16 @@ class Checkpoints:
       )
     return None
 
+  def check_imported(self, step: int, imported: dict[str, Any]):
+    """Raises ValueError unless a step was saved with these weights."""
+    saved = self.facts(step)["sha256"]["imported"]
+    self._imported = fingerprint(imported)
+    if saved != self._imported:
+      raise ValueError(
+        f"{self._checkpointer.directory}: the imported weights are not those"
+        " that the run was trained with; put those back"
+      )
+
   def _load(self, step, wanted):
     parts = self._checkpointer.load_checkpointables(step, wanted)
     saved = self.facts(step)["sha256"]
@@ -150,21 +180,26 @@ class Checkpoints:
 
 
 def restore_inference(
-  workdir: str | Path, abstract: TrainState
+  workdir: str | Path, objective: Objective, abstract: TrainState
 ) -> tuple[int, dict[str, Any]]:
-  """Step and inference part of a run's newest checkpoint.
+  """Step and inference part of a run's newest checkpoint, with 'imported'.
 
   Raises:
     FileNotFoundError: if the run has no checkpoint yet.
+    ValueError: if imported weights are not those of the run.
   """
   checkpoints = Checkpoints(workdir)
   restored = checkpoints.restore(abstract)
-  checkpoints.close()
   if restored is None:
+    checkpoints.close()
     raise FileNotFoundError(
       f"{workdir} has no checkpoint yet; let the run train further"
     )
-  return restored[0], restored[1]["inference"]
+  step, parts = restored
+  imported = import_weights(objective, abstract)
+  checkpoints.check_imported(step, imported)
+  checkpoints.close()
+  return step, parts["inference"] | {"imported": imported}
 
 
 def describe(

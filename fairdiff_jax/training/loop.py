@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ from fairdiff_jax.training.mesh import (
   tree_shardings,
 )
 from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.start import import_weights, start_from_weights
 from fairdiff_jax.training.step import (
   AXIS,
   TrainState,
@@ -168,18 +170,51 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Compiles the train step of a phase: (state, host's batch) -> the next."""
   return compile_step(
-    partial(
-      train_step,
-      objective=run.objective,
-      optimizer=run.optimizer,
-      seed=run.config.seed,
-      ema_decay=run.config.train.ema_decay,
-      active=active,
-    ),
+    step_function(run, active),
     mesh=run.mesh,
-    shardings=jax.tree.map(lambda x: x.sharding, run.abstract),
+    state=run.abstract,
+    batch=describe_batch(run.config, active),
     mode=run.config.parallel.compile,
   )
+
+
+def step_function(
+  run: Setup, active: tuple[str, ...]
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """The train step of a phase, not compiled."""
+  return partial(
+    train_step,
+    objective=run.objective,
+    optimizer=run.optimizer,
+    seed=run.config.seed,
+    ema_decay=run.config.train.ema_decay,
+    active=active,
+  )
+
+
+def describe_batch(
+  config, active: tuple[str, ...]
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes and types of a phase's global batch."""
+  floats = partial(jax.ShapeDtypeStruct, dtype=np.float32)
+  integers = partial(jax.ShapeDtypeStruct, dtype=np.int32)
+
+  def part(size, num_points):
+    return {
+      "image": floats((size, *config.data.size, 1)),
+      "mask": integers((size, *config.data.size)),
+      "points": floats((size, num_points, 3)),
+      "group": integers((size,)),
+      "weight": floats((size,)),
+    }
+
+  batch = {}
+  if {"points", "image"} & set(active):
+    size = config.train.generation_batch
+    batch["generation"] = part(size, config.data.num_points)
+  if "segmenter" in active:
+    batch["segmentation"] = part(config.train.segmentation_batch, 0)
+  return batch
 
 
 class _Pools:
@@ -193,7 +228,7 @@ class _Pools:
   def __init__(self, config, cases: Cases, group_names: tuple[str, ...]):
     self._config = config
     self._cases = cases
-    self._group = case_groups(config, cases)
+    self.group = case_groups(config, cases)
     self._group_names = group_names
     self._rng = lambda n: np.random.default_rng(
       [config.seed, STREAMS["pools"], n]
@@ -202,9 +237,9 @@ class _Pools:
       cases.name,
       cases.image,
       cases.mask,
-      self._group,
+      self.group,
       cases.points,
-      powered_pool(self._rng(0), self._group, config.train.generation_power),
+      powered_pool(self._rng(0), self.group, config.train.generation_power),
     )
     self.segmentation = None
     self._synthetic = config.fairness.strategy == "equal_scale"
@@ -223,7 +258,7 @@ class _Pools:
     """
     fairness, number = self._config.fairness, len(self._group_names)
     sizes = group_sizes(
-      self._group,
+      self.group,
       number,
       size=fairness.group_size,
       risk=risk,
@@ -231,13 +266,13 @@ class _Pools:
     )
     if not self._synthetic:
       return sizes, np.zeros(number, int)
-    return sizes, synthetic_quota(self._group, sizes, fairness.real_share)
+    return sizes, synthetic_quota(self.group, sizes, fairness.real_share)
 
   def _epoch(self, synthetic_group, sizes):
     return training_pool(
       self._rng(1),
       self._config.fairness.strategy,
-      self._group,
+      self.group,
       synthetic_group,
       self._group_names,
       sizes,
@@ -254,8 +289,8 @@ class _Pools:
       + [f"synthetic_{i}" for i in range(len(synthetic.group))],
       np.concatenate([self._cases.image, synthetic.image]),
       np.concatenate([self._cases.mask, synthetic.mask]),
-      np.concatenate([self._group, synthetic.group]),
-      np.empty((len(self._group) + len(synthetic.group), 0, 3), np.float32),
+      np.concatenate([self.group, synthetic.group]),
+      np.empty((len(self.group) + len(synthetic.group), 0, 3), np.float32),
       self._epoch(synthetic.group, synthetic.sizes),
     )
 
@@ -387,17 +422,21 @@ def train(
   restored = checkpoints.restore(run.abstract, ("inference", "training"))
   if restored is None:
     start = 0
-    group = case_groups(config, cases)
     number = len(run.objective.group_names)
     stats = statistics.compute(
-      cases, group, number, intensity_prior=config.image.intensity_prior
+      cases, pools.group, number, intensity_prior=config.image.intensity_prior
     )
-    counts = np.bincount(group[group >= 0], minlength=number)
-    state = run.init(
-      _constants(stats, run.objective), counts.astype(np.float32)
+    counts = attributes.group_counts(pools.group, number)
+    state = start_from_weights(
+      run.init(_constants(stats, run.objective), counts.astype(np.float32)),
+      run.objective,
+      run.abstract,
     )
   else:
-    start, state = restored[0], join(restored[1])
+    start, parts = restored
+    imported = import_weights(run.objective, run.abstract)
+    checkpoints.check_imported(start, imported)
+    state = join(parts, imported)
   total = config.train.steps
   journal = Journal(
     workdir, start=start, stop=total, enabled=first_host, name=name
@@ -407,9 +446,15 @@ def train(
   termination = _Termination()
   prefetch = Prefetcher(pools.batch)
   facts = {"config_sha256": config_hash(config)}
-  compiled, bank, pending = {}, None, None
+  bank, pending = None, None
   stopped = "SIGTERM: stopped after step {}, saved; the same command resumes"
   refill = make_refill(run) if make_refill else None
+  # A phase is compiled while the one before it trains.
+  compiler = ThreadPoolExecutor(max_workers=1)
+  phases = dict.fromkeys(
+    active_networks(config, s) for s in range(start, total)
+  )
+  compiled = {p: compiler.submit(make_step, run, p) for p in phases}
 
   def settle():
     """Waits for the step under way and checks it."""
@@ -459,11 +504,9 @@ def train(
       # The batches after a refill are not known before it.
       if following == total or bank_step(config, following) != bank:
         following = None
-      if active not in compiled:
-        compiled[active] = make_step(run, active)
       batch = prefetch(step, following=following)
       rows = sum(len(part["weight"]) for part in batch.values())
-      state, metrics = compiled[active](state, batch)
+      state, metrics = compiled[active].result()(state, batch)
       settle()
       pending = step, metrics
       done = step + 1
@@ -480,6 +523,7 @@ def train(
       return None
     return state
   finally:
+    compiler.shutdown(cancel_futures=True)
     prefetch.close()
     checkpoints.close()
     journal.close()

@@ -38,7 +38,8 @@ class TrainState(flax.struct.PyTreeNode):
     params: by network.
     ema: exponential moving average of `params`.
     batch_stats: by network.
-    frozen: by network.
+    frozen: statistics of the training data, by network.
+    imported: frozen weights, by network; read again rather than saved.
     opt_state: by network.
     fairness: what is remembered of the groups.
   """
@@ -49,6 +50,7 @@ class TrainState(flax.struct.PyTreeNode):
   ema: dict[str, Any]
   batch_stats: dict[str, Any]
   frozen: dict[str, Any]
+  imported: dict[str, Any]
   opt_state: Any
   fairness: FairnessState
 
@@ -62,10 +64,10 @@ def init_state(
   optimizer: optax.GradientTransformation,
 ) -> TrainState:
   """The state before the first step; pure, so that it can be described."""
-  params, batch_stats = {}, {}
+  params, batch_stats, imported = {}, {}, {}
   for name, task in objective.tasks.items():
     network_key = jax.random.fold_in(key, NETWORKS.index(name))
-    params[name], batch_stats[name] = task.init(network_key)
+    params[name], batch_stats[name], imported[name] = task.init(network_key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     updates={name: jnp.zeros((), jnp.int32) for name in params},
@@ -73,6 +75,7 @@ def init_state(
     ema=jax.tree.map(jnp.copy, params),
     batch_stats=batch_stats,
     frozen=jax.tree.map(jnp.asarray, frozen),
+    imported=imported,
     opt_state=optimizer.init(params),
     fairness=init_fairness(objective, num_cases),
   )
@@ -95,7 +98,7 @@ def train_step(
   (_, aux), grads = jax.value_and_grad(joint_objective, has_aux=True)(
     trained,
     state.batch_stats,
-    state.frozen,
+    {name: {**state.frozen[name], **state.imported[name]} for name in active},
     state.fairness,
     batch,
     key,
@@ -130,11 +133,36 @@ def train_step(
   return state, metrics
 
 
+def lower_step(
+  step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+  *,
+  mesh: Mesh,
+  state: TrainState,
+  batch: Any,
+) -> jax.stages.Lowered:
+  """A step under `jit`, ready to be compiled; the state is donated.
+
+  Args:
+    step: (state, batch) -> (state, metrics).
+    mesh: device mesh; its devices need not be here.
+    state: ShapeDtypeStructs with shardings.
+    batch: ShapeDtypeStructs of the global batch.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(
+    step,
+    in_shardings=(shardings, NamedSharding(mesh, BATCH)),
+    out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+    donate_argnums=0,
+  ).lower(state, batch)
+
+
 def compile_step(
   step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
   *,
   mesh: Mesh,
-  shardings: TrainState,
+  state: TrainState,
+  batch: Any,
   mode: str,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Compiles a step for all devices; the state is donated.
@@ -142,8 +170,9 @@ def compile_step(
   Args:
     step: (state, batch) and, under 'pmap', `axis_name`.
     mesh: device mesh.
-    shardings: a sharding for every array of the state.
-    mode: 'jit', or 'pmap' with all state replicated.
+    state: ShapeDtypeStructs with shardings.
+    batch: ShapeDtypeStructs of the global batch.
+    mode: 'jit', or 'pmap' with all state replicated (compiled when called).
 
   Returns:
     A function of (state, this host's slice of the batch).
@@ -153,12 +182,7 @@ def compile_step(
       than one process.
   """
   if mode == "jit":
-    compiled = jax.jit(
-      step,
-      in_shardings=(shardings, NamedSharding(mesh, BATCH)),
-      out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-      donate_argnums=0,
-    )
+    compiled = lower_step(step, mesh=mesh, state=state, batch=batch).compile()
     return lambda state, batch: compiled(state, put_batch(batch, mesh))
   if mode != "pmap":
     raise ValueError(f"unknown parallel.compile {mode!r}; use 'jit' or 'pmap'")
@@ -178,7 +202,7 @@ def compile_step(
 
   def run(state, batch):
     shards = jax.tree.map(
-      lambda x: np.reshape(x, (count, -1, *x.shape[1:])), batch
+      lambda x: np.reshape(x, (count, len(x) // count, *x.shape[1:])), batch
     )
     return mapped(state, shards)
 
