@@ -43,6 +43,23 @@ def base_config() -> ConfigDict:
         kl_weight=1e-4,  # of the posterior against the prior
       ),
       image=dict(
+        network="unet",  # in pixel space, or 'stable_diffusion' in latents
+        weights="",  # directory of stable_diffusion's networks and prompts
+        stable_diffusion=dict(  # sizes; the defaults are version 1.5's
+          block_out_channels=(320, 640, 1280, 1280),  # per level
+          layers_per_block=2,  # residual blocks per level
+          attention_head_dim=8,  # heads of every attention
+          cross_attention_dim=768,  # of the prompt's tokens
+          norm_num_groups=32,  # of group normalisations
+          hint_channels=(16, 32, 96, 256),  # of the ControlNet's hint stem
+          latent_channels=4,
+          autoencoder_channels=(128, 256, 512, 512),  # per level
+          autoencoder_layers=2,  # residual blocks per level
+        ),
+        unet="unlocked",  # or 'decoder', 'locked': what learns of it
+        only_mid_control=False,  # the ControlNet steers the middle alone
+        dtype="float32",  # or 'bfloat16', of stable_diffusion's computation
+        remat=False,  # compute its blocks again in the backward pass
         conditioning="controlnet",  # or 'concat': the hint as input channels
         channels=(64, 96),  # per level
         num_blocks=1,  # residual blocks per level
@@ -57,9 +74,11 @@ def base_config() -> ConfigDict:
         beta_start=1e-4,  # of linear schedules
         beta_end=0.02,
         prediction="v",  # or 'eps', 'x0'
+        min_snr=0.0,  # gamma of Min-SNR's weight; 0 = none
         dropout=0.1,  # of the condition, for guidance
         sample_steps=20,  # sampling steps
         solver="ddim",  # or 'dpm++2m', which has no eta
+        spacing="even",  # of sampling times; or 'leading', 'linspace'
         eta=1.0,  # 1 = ancestral, 0 = DDIM
         guidance=1.0,  # classifier-free guidance; 1 = none
       ),

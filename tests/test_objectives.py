@@ -12,13 +12,9 @@ from fairdiff_jax.data import statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.fairness.risk import RunningRisk
-from fairdiff_jax.objectives.image import (
-  HINT_COLORS,
-  blur,
-  hint_image,
-  intensity_prior,
-)
+from fairdiff_jax.objectives.image_space import HINT_COLORS, hint_image
 from fairdiff_jax.objectives.joint import joint_objective, make_objective
+from fairdiff_jax.objectives.pixel_space import blur, intensity_prior
 from fairdiff_jax.objectives.segmentation import cross_entropy, dice_terms
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.optimizer import make_optimizer
@@ -351,7 +347,7 @@ def test_the_adversary_is_fought_by_the_segmenter_alone(state):
       **{"fairness.method": "adversarial", "fairness.weight": weight}
     )
     objective = make_objective(config, GROUPS, names)
-    params, _ = objective.tasks["adversary"].init(jax.random.key(1))
+    params, *_ = objective.tasks["adversary"].init(jax.random.key(1))
     params = {"segmenter": state.params["segmenter"], "adversary": params}
 
     def function(params, objective=objective):

@@ -49,6 +49,20 @@ def target(
   raise ValueError(f"unknown prediction {prediction!r}; use 'eps', 'x0' or 'v'")
 
 
+def min_snr_weight(
+  schedule: Schedule, prediction: str, t: jax.Array, gamma: float
+) -> jax.Array:
+  """Min-SNR's weight [B] of the loss (Hang et al. 2023, eq. 5 to 7).
+
+  That of x_0's error is min(snr, gamma), snr = abar / (1 - abar); of an error
+  of eps it is 1 / snr, of v 1 / (snr + 1) times that.
+  """
+  signal, noise = signal_and_noise(schedule, t, 1)
+  snr = (signal / noise) ** 2
+  of_x0 = {"eps": 1 / snr, "x0": 1.0, "v": 1 / (snr + 1)}[prediction]
+  return jnp.minimum(snr, gamma) * of_x0
+
+
 def to_x0_and_eps(
   schedule: Schedule,
   prediction: str,

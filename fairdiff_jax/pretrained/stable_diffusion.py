@@ -291,6 +291,7 @@ def save(
   *,
   unet: Network | None = None,
   controlnet: Network | None = None,
+  autoencoder: Network | None = None,
 ) -> None:
   """Writes networks as folders that diffusers' `from_pretrained` reads.
 
@@ -298,15 +299,16 @@ def save(
   pipeline of diffusers has to be told a height and a width.
 
   Args:
-    directory: gets unet/ and controlnet/; made where it does not exist.
+    directory: gets unet/, controlnet/ and vae/; made where it does not exist.
     unet: module and variables {'params'}.
     controlnet: module and variables {'params'}.
+    autoencoder: module and variables {'params'}.
 
   Raises:
     FileExistsError: one of the folders is there already; nothing is written.
     ValueError: variables are not those of their module; nothing is written.
   """
-  given = {"unet": unet, "controlnet": controlnet}
+  given = {"unet": unet, "controlnet": controlnet, "autoencoder": autoencoder}
   given = {name: network for name, network in given.items() if network}
   for name, (module, variables) in given.items():
     folder = Path(directory) / KINDS[name].folder

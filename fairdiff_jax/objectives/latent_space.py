@@ -1,0 +1,215 @@
+"""Diffusion of an autoencoder's latents: ControlNet on Stable Diffusion.
+
+    x_0 = 0.18215 z,    z ~ N(mean(image), exp(logvar(image)))
+
+The mask steers the U-Net through the ControlNet, whose hint is never left out.
+What guidance amplifies is the prompt: prompts are constants, one for all groups
+or one for each, as the text encoder's tokens, and where the condition is
+dropped the negative prompt stands. Autoencoder and prompts never change.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fairdiff_jax.diffusion.samplers import example_normal
+from fairdiff_jax.models.autoencoder import AutoencoderKL
+from fairdiff_jax.models.stable_diffusion import (
+  StableDiffusionControlNet,
+  StableDiffusionUNet,
+)
+from fairdiff_jax.objectives.image_space import Space, hint_image
+from fairdiff_jax.objectives.task import Variables
+from fairdiff_jax.pretrained import graft, stable_diffusion
+
+SCALE = 0.18215  # of the latents, to about unit variance (Rombach et al. 2022)
+TOKENS = 77
+DECODED_AT_ONCE = 4
+
+# Which of the U-Net's top-level parameters learn, by `config.unet`.
+LEARNT = {
+  "locked": (),
+  "decoder": stable_diffusion.UNET_ONLY,
+  "unlocked": ("",),
+}
+
+
+def make_autoencoder(config) -> AutoencoderKL:
+  """The autoencoder that `config.stable_diffusion` describes, in float32."""
+  sizes = config.stable_diffusion
+  return AutoencoderKL(
+    latent_channels=sizes.latent_channels,
+    block_out_channels=tuple(sizes.autoencoder_channels),
+    layers_per_block=sizes.autoencoder_layers,
+    norm_num_groups=sizes.norm_num_groups,
+  )
+
+
+def encode_image(
+  autoencoder: AutoencoderKL, params, image: jax.Array
+) -> jax.Array:
+  """Posterior [B, h, w, 2 C], means and log-variances, of [B, H, W, 1]."""
+  rgb = jnp.broadcast_to(image, (*image.shape[:3], 3))
+  return jnp.concatenate(
+    autoencoder.apply({"params": params}, rgb, method="encode"), axis=-1
+  )
+
+
+def latent_space(config, num_groups: int) -> Space:
+  """Stable Diffusion's U-Net with a ControlNet.
+
+  Args:
+    config: `stable_diffusion` (sizes), `unet` ('locked', 'decoder' or
+      'unlocked': what of it learns), `only_mid_control`, `dtype` of the
+      computation, `remat`, `weights`, a pipeline's folder as diffusers writes
+      it, with `prompts.safetensors` ('positive' [1 or G + 1, 77, D],
+      'negative' [77, D]) in it.
+    num_groups: G.
+
+  Returns:
+    A space whose frozen variables are {'autoencoder', 'prompts', 'unet'}; the
+    last holds what of the U-Net does not learn. A batch holds 'latent'
+    [B, h, w, 2 C], the posterior's mean and log-variance, or else 'image'.
+
+  Raises:
+    ValueError: if `unet` is unknown.
+  """
+  if config.unet not in LEARNT:
+    raise ValueError(
+      f"unknown image.unet {config.unet!r}; use one of {', '.join(LEARNT)}"
+    )
+  sizes = config.stable_diffusion
+  shared = dict(
+    in_channels=sizes.latent_channels,
+    block_out_channels=tuple(sizes.block_out_channels),
+    layers_per_block=sizes.layers_per_block,
+    attention_head_dim=sizes.attention_head_dim,
+    cross_attention_dim=sizes.cross_attention_dim,
+    norm_num_groups=sizes.norm_num_groups,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,
+  )
+  unet = StableDiffusionUNet(**shared, out_channels=sizes.latent_channels)
+  controlnet = StableDiffusionControlNet(
+    **shared, conditioning_embedding_out_channels=tuple(sizes.hint_channels)
+  )
+  autoencoder = make_autoencoder(config)
+  factor = 2 ** (len(sizes.autoencoder_channels) - 1)
+
+  def learns(name):
+    return name.startswith(LEARNT[config.unet])
+
+  def assemble(unet_params, controlnet_params, autoencoder_params, prompts):
+    learnt = {k: v for k, v in unet_params.items() if learns(k)}
+    kept = {k: v for k, v in unet_params.items() if not learns(k)}
+    return Variables(
+      {"unet": learnt, "controlnet": controlnet_params},
+      {},
+      {"autoencoder": autoencoder_params, "prompts": prompts, "unet": kept},
+    )
+
+  def init(key):
+    side = 2 ** (len(sizes.block_out_channels) - 1)
+    latents = jnp.zeros((1, side, side, sizes.latent_channels))
+    hint = jnp.zeros((1, factor * side, factor * side, 3))
+    t = jnp.zeros(1, jnp.int32)
+    tokens = jnp.zeros((TOKENS, sizes.cross_attention_dim))
+    unet_key, control_key, autoencoder_key = jax.random.split(key, 3)
+    return assemble(
+      unet.init(unet_key, latents, t, tokens[None])["params"],
+      controlnet.init(control_key, latents, t, tokens[None], hint)["params"],
+      autoencoder.init(autoencoder_key, hint)["params"],
+      {
+        "positive": jnp.zeros((num_groups + 1, *tokens.shape)),
+        "negative": tokens,
+      },
+    )
+
+  def load():
+    directory = Path(config.weights)
+    networks = stable_diffusion.load(directory)
+    missing = {"unet", "controlnet", "autoencoder"} - networks.keys()
+    if missing:
+      raise ValueError(f"{directory} lacks {', '.join(sorted(missing))}")
+    prompts = graft.read(directory / stable_diffusion.PROMPTS)
+    positive = prompts["positive"]
+    if len(positive) == 1:
+      prompts["positive"] = np.repeat(positive, num_groups + 1, axis=0)
+    found = assemble(
+      *(
+        networks[name][1]["params"]
+        for name in ("unet", "controlnet", "autoencoder")
+      ),
+      prompts,
+    )
+    try:
+      graft.require_shapes(found, jax.eval_shape(init, jax.random.key(0)))
+    except ValueError as error:
+      raise ValueError(
+        f"{directory} does not fit image.stable_diffusion: {error}"
+      ) from error
+    return found
+
+  def encode(variables, batch, keys):
+    latent = batch.get("latent")
+    if latent is None:
+      latent = encode_image(
+        autoencoder, variables.frozen["autoencoder"], batch["image"]
+      )
+    mean, logvar = jnp.split(latent, 2, axis=-1)
+    # Other noise than the diffusion's, from the same keys.
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    noise = example_normal(keys, mean.shape[1:])
+    return SCALE * (mean + jnp.exp(logvar / 2) * noise)
+
+  def condition(variables, mask, group, kept):
+    prompts = variables.frozen["prompts"]
+    row = jnp.where(group < 0, num_groups, group)
+    tokens = jnp.where(
+      kept[:, None, None], prompts["positive"][row], prompts["negative"]
+    )
+    return tokens, hint_image(mask)
+
+  def predict(variables, x_t, t, condition):
+    tokens, hint = condition
+    params, step = variables.params, t - 1  # their steps count from 0
+    down, middle = controlnet.apply(
+      {"params": params["controlnet"]}, x_t, step, tokens, hint
+    )
+    if config.only_mid_control:
+      down = jax.tree.map(jnp.zeros_like, down)
+    return unet.apply(
+      {"params": {**params["unet"], **variables.frozen["unet"]}},
+      x_t,
+      step,
+      tokens,
+      (down, middle),
+    )
+
+  def decode(variables, x_0, mask, group):
+    del mask, group
+
+    def one(latent):
+      rgb = autoencoder.apply(
+        {"params": variables.frozen["autoencoder"]},
+        latent[None] / SCALE,
+        method="decode",
+      )
+      return jnp.mean(rgb[0], axis=-1, keepdims=True)
+
+    return jax.lax.map(one, x_0, batch_size=DECODED_AT_ONCE)
+
+  def shape(size):
+    return (*(n // factor for n in size), sizes.latent_channels)
+
+  return Space(
+    init,
+    shape,
+    encode,
+    condition,
+    predict,
+    decode,
+    load if config.weights else None,
+  )

@@ -1,0 +1,229 @@
+"""Diffusion of latents, from weights on disk to synthetic images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs.phantom import get_config
+from fairdiff_jax.diffusion.process import min_snr_weight
+from fairdiff_jax.diffusion.samplers import example_keys
+from fairdiff_jax.diffusion.schedule import make_schedule
+from fairdiff_jax.models.stable_diffusion import (
+  StableDiffusionControlNet,
+  StableDiffusionUNet,
+)
+from fairdiff_jax.objectives.image import image_task
+from fairdiff_jax.objectives.latent_space import encode_image, make_autoencoder
+from fairdiff_jax.pretrained import stable_diffusion
+from fairdiff_jax.training.loop import setup
+from fairdiff_jax.training.start import start_from_weights
+
+SIZE, GROUPS = 16, 3
+
+
+def tiny_config(**changes):
+  config = get_config("smoke").unlock()
+  config.data.size = (SIZE, SIZE)
+  config.image.network = "stable_diffusion"
+  config.image.prediction = "eps"
+  config.image.schedule = "scaled_linear"
+  config.image.beta_start, config.image.beta_end = 0.00085, 0.012
+  config.image.guidance = 2.0
+  config.image.stable_diffusion = dict(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=8,
+    norm_num_groups=4,
+    hint_channels=(4, 8),
+    latent_channels=4,
+    autoencoder_channels=(8, 8),
+    autoencoder_layers=1,
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def make_variables(task):
+  """Random variables of which no part is silent."""
+  initial = jax.eval_shape(task.init, jax.random.key(0))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), initial
+  )
+
+
+def make_batch():
+  rng = np.random.default_rng(1)
+  return {
+    "image": rng.uniform(-1, 1, (4, SIZE, SIZE, 1)).astype(np.float32),
+    "mask": rng.integers(0, 3, (4, SIZE, SIZE)).astype(np.int32),
+    "group": np.array([0, 1, 2, -1], np.int32),
+  }
+
+
+@pytest.fixture(scope="module")
+def task():
+  return image_task(tiny_config().image, GROUPS)
+
+
+@pytest.fixture(scope="module")
+def variables(task):
+  return make_variables(task)
+
+
+@pytest.fixture(scope="module")
+def risk(task):
+  keys = example_keys(jax.random.key(2), jnp.arange(4))
+
+  @jax.jit
+  def run(variables, batch):
+    def mean(params):
+      losses, aux = task.risk(
+        variables._replace(params=params), batch, keys, True
+      )
+      return losses.mean(), (losses, aux)
+
+    grads, (losses, aux) = jax.grad(mean, has_aux=True)(variables.params)
+    return losses, aux, grads
+
+  return run
+
+
+def test_risk_is_per_case_and_teaches_both_networks(risk, variables):
+  losses, aux, grads = risk(variables, make_batch())
+  assert losses.shape == (4,) and np.isfinite(losses).all()
+  assert aux["x0"].shape == (4, SIZE, SIZE, 1)
+  silent = [
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    if not np.abs(leaf).max()
+  ]
+  assert not silent
+
+
+def test_a_case_knows_nothing_of_the_others(risk, variables):
+  batch = make_batch()
+  losses, *_ = risk(variables, batch)
+  batch["image"][1] = 0
+  changed, *_ = risk(variables, batch)
+  others = np.array([0, 2, 3])
+  assert changed[1] != losses[1]
+  np.testing.assert_allclose(changed[others], losses[others], rtol=1e-6)
+
+
+def test_latents_may_be_encoded_before(risk, variables):
+  batch = make_batch()
+  expected, *_ = risk(variables, batch)
+  image = batch.pop("image")
+  autoencoder = make_autoencoder(tiny_config().image)
+  batch["latent"] = encode_image(
+    autoencoder, variables.frozen["autoencoder"], image
+  )
+  found, *_ = risk(variables, batch)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("unet", "learnt"),
+  [
+    ("locked", set()),
+    ("decoder", {"up_blocks_0", "up_blocks_1", "conv_norm_out", "conv_out"}),
+    ("unlocked", None),
+  ],
+)
+def test_what_of_the_unet_learns(unet, learnt):
+  config = tiny_config(**{"image.unet": unet}).image
+  initial = jax.eval_shape(image_task(config, GROUPS).init, jax.random.key(0))
+  found = initial.params["unet"].keys()
+  kept = initial.frozen["unet"].keys()
+  assert not found & kept
+  if learnt is None:
+    assert not kept
+  else:
+    assert found == learnt and {"conv_in", "mid_block"} <= kept
+
+
+def test_sampling_follows_mask_and_prompt(task, variables):
+  keys = example_keys(jax.random.key(0), jnp.zeros(4, int))
+  sample = jax.jit(task.sample)
+  mask = make_batch()["mask"][[0, 0, 1, 1]]
+  group = jnp.array([0, 1, 0, 0])
+  images = sample(variables, mask, group, keys)
+  assert images.shape == (4, SIZE, SIZE, 1)
+  assert np.abs(images).max() <= 1
+  assert len({np.asarray(x).tobytes() for x in images}) == 3
+  np.testing.assert_array_equal(images[2], images[3])
+
+
+def test_unknown_settings_are_named():
+  for field, message in (
+    ("image.network", "unknown image.network 'x'; use one of unet, stable"),
+    ("image.unet", "unknown image.unet 'x'; use one of locked, decoder"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      image_task(tiny_config(**{field: "x"}).image, GROUPS)
+
+
+def test_frozen_weights_must_be_named():
+  config = tiny_config(**{"train.points": (0, 0), "train.segmenter": (0, 0)})
+  run = setup(config.lock(), jax.devices()[:1])
+  with pytest.raises(ValueError, match=r"image\.weights is empty"):
+    start_from_weights(run.abstract, run.objective, run.abstract)
+
+
+def test_weights_are_those_of_the_directory(task, variables, tmp_path):
+  sizes = tiny_config().image.stable_diffusion
+  shared = dict(
+    block_out_channels=tuple(sizes.block_out_channels),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=8,
+    norm_num_groups=4,
+  )
+  stem = tuple(sizes.hint_channels)
+  networks = {
+    "unet": StableDiffusionUNet(**shared),
+    "controlnet": StableDiffusionControlNet(
+      **shared, conditioning_embedding_out_channels=stem
+    ),
+    "autoencoder": make_autoencoder(tiny_config().image),
+  }
+  params = {
+    **variables.params,
+    "autoencoder": variables.frozen["autoencoder"],
+  }
+  config = tiny_config(**{"image.weights": str(tmp_path)})
+  for name, module in networks.items():
+    with pytest.raises(FileNotFoundError if name == "unet" else ValueError):
+      image_task(config.image, GROUPS).load()
+    network = module, {"params": params[name]}
+    stable_diffusion.save(tmp_path, **{name: network})
+  prompts = variables.frozen["prompts"]
+  file = tmp_path / stable_diffusion.PROMPTS
+  safetensors.numpy.save_file(
+    {**prompts, "positive": prompts["positive"][:1]}, file
+  )
+  loaded = image_task(config.image, GROUPS).load()
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, variables.params)
+  for row in loaded.frozen["prompts"]["positive"]:
+    np.testing.assert_array_equal(row, prompts["positive"][0])
+  config.image.stable_diffusion.layers_per_block = 2
+  with pytest.raises(ValueError, match="does not fit image.stable_diffusion"):
+    image_task(config.image, GROUPS).load()
+
+
+def test_min_snr_bounds_the_weight_of_little_noise():
+  schedule = make_schedule("cosine", 100)
+  t = jnp.arange(1, 100)
+  abar = np.float64(schedule.alpha_bar)[1:100]
+  snr = abar / (1 - abar)
+  for prediction, expected in (
+    ("x0", np.minimum(snr, 5)),
+    ("eps", np.minimum(snr, 5) / snr),
+    ("v", np.minimum(snr, 5) / (snr + 1)),
+  ):
+    found = min_snr_weight(schedule, prediction, t, 5.0)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
