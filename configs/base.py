@@ -83,8 +83,33 @@ def base_config() -> ConfigDict:
         guidance=1.0,  # classifier-free guidance; 1 = none
       ),
       segmenter=dict(
+        network="small_unet",  # or 'samed', 'transunet'
+        weights="",  # to start from: a SAM, a ViT (.npz) or TransUNet (.pth)
         channels=(16, 32, 48),  # per level of the small U-Net
-        patch=2,  # space-to-depth factor at the input
+        patch=2,  # space-to-depth factor at its input
+        image_size=512,  # side of the images of the other two
+        samed=dict(
+          rank=4,  # of the changes to queries and values
+          embed_dim=768,  # channels of the image encoder; these are ViT-B's
+          depth=12,  # its blocks
+          num_heads=12,
+          global_blocks=(2, 5, 8, 11),  # blocks that attend to all positions
+          window=14,  # side of the others' windows
+          decoder_dim=256,  # channels of the mask decoder
+          decoder_depth=2,  # its blocks
+          decoder_heads=8,
+          decoder_mlp_dim=2048,
+        ),
+        transunet=dict(
+          stages=(3, 4, 9),  # units of the ResNet's stages; () for none
+          width=64,  # of its first convolution
+          hidden_dim=768,  # channels of the transformer; these are ViT-B's
+          mlp_dim=3072,
+          num_heads=12,
+          num_layers=12,
+          decoder_channels=(512, 256, 128, 64, 16),
+          dropout_rate=0.0,
+        ),
         cross_entropy_weight=0.5,
         dice_weight=0.5,
       ),
@@ -168,8 +193,11 @@ def shrink_points(config: ConfigDict):
 
 def _optimizer(learning_rate):
   return dict(
-    learning_rate=learning_rate,  # peak of warm-up and cosine decay
+    kind="adamw",  # or 'sgd', with momentum 0.9
+    learning_rate=learning_rate,  # peak
+    decay="cosine",  # to 0; or 'poly' (power 0.9), 'constant'
     warmup_steps=50,
     weight_decay=1e-4,
-    clip_norm=1.0,  # of the network's gradient
+    clip_norm=1.0,  # of the network's gradient; 0 = none
+    accumulate=1,  # steps whose gradients make one update
   )

@@ -1,4 +1,4 @@
-"""Harvard-FairSeg, or any directory of files of its form, in pixel space.
+"""Harvard-FairSeg, or any directory of files of its form.
 
   python launch/prepare.py --config configs/fairseg.py --workdir runs/fairseg \
     --config.data.source=/data/FairSeg
@@ -6,15 +6,21 @@
     --config.data.source=/data/FairSeg
 
 Variants: '' (256 x 256, for accelerators), 'small' (128 x 128, so that a few
-dozen cases train on a CPU in some minutes).
+dozen cases train on a CPU in some minutes), 'sd15' (images by Stable Diffusion
+1.5 and a ControlNet, 512 x 512), 'samed' and 'transunet' (these segmenters
+alone, on real cases, as published). The last three start from weights:
+--config.image.weights=DIR, --config.segmenter.weights=FILE.
 """
 
 from configs.base import base_config, shrink_points
 
 
 def get_config(variant: str = ""):
-  if variant not in ("", "small"):
-    raise ValueError(f"unknown variant {variant!r} of fairseg; use '' or small")
+  if variant not in VARIANTS:
+    raise ValueError(
+      f"unknown variant {variant!r} of fairseg; use one of"
+      f" {', '.join(map(repr, VARIANTS))}"
+    )
   config = base_config()
   config.image.channels = (64, 128, 256)
   config.image.attention = (False, True, True)
@@ -29,20 +35,97 @@ def get_config(variant: str = ""):
   config.train.generation_batch = config.train.segmentation_batch = 32
   config.bank.every = 5_000
   config.checkpoint.every = 1_000
-  if variant == "small":
-    config.data.size = (128, 128)
-    shrink_points(config)
-    config.image.channels = (48, 64)
-    config.image.attention = (False, True)
-    config.image.num_blocks = 1
-    config.image.patch = 8
-    config.segmenter.channels = (16, 32, 48)
-    config.segmenter.patch = 4
-    config.train.steps = 1_700
-    config.train.points = (0, 1_700)
-    config.train.image = (700, 1_700)
-    config.train.segmenter = (1_100, 1_700)
-    config.train.generation_batch = config.train.segmentation_batch = 16
-    config.bank.every = 300
-    config.checkpoint.every = 300
+  VARIANTS[variant](config)
   return config.lock()
+
+
+def _small(config):
+  config.data.size = (128, 128)
+  shrink_points(config)
+  config.image.channels = (48, 64)
+  config.image.attention = (False, True)
+  config.image.num_blocks = 1
+  config.image.patch = 8
+  config.segmenter.channels = (16, 32, 48)
+  config.segmenter.patch = 4
+  config.train.steps = 1_700
+  config.train.points = (0, 1_700)
+  config.train.image = (700, 1_700)
+  config.train.segmenter = (1_100, 1_700)
+  config.train.generation_batch = config.train.segmentation_batch = 16
+  config.bank.every = 300
+  config.checkpoint.every = 300
+
+
+def _sd15(config):
+  config.data.size = (512, 512)  # plain resize
+  config.data.augment = False
+  config.image.network = "stable_diffusion"
+  config.image.dtype = "bfloat16"  # the paper: float32
+  config.image.intensity_prior = False  # latents have none
+  config.image.schedule = "scaled_linear"
+  config.image.beta_start = 0.00085
+  config.image.beta_end = 0.012
+  config.image.prediction = "eps"
+  config.image.dropout = 0.0  # one constant prompt
+  config.image.sample_steps = 20
+  config.image.spacing = "leading"
+  config.image.eta = 0.0
+  config.image.guidance = 9.0
+  config.optimizer.image.learning_rate = 1e-5
+  config.optimizer.image.decay = "constant"
+  config.optimizer.image.warmup_steps = 0
+  config.optimizer.image.weight_decay = 1e-2
+  config.optimizer.image.clip_norm = 0.0
+  config.objective.agreement = 0.0  # through the decoder, it costs most
+  config.train.generation_batch = 4
+  config.train.segmentation_batch = 16
+  config.bank.batch_size = 16
+
+
+def _segmenter_alone(config):
+  config.fairness.method = "erm"
+  config.fairness.strategy = "none"
+  config.train.points = config.train.image = (0, 0)
+  config.baseline = False
+
+
+def _samed(config):
+  _segmenter_alone(config)
+  config.data.size = (512, 512)
+  config.segmenter.network = "samed"
+  config.segmenter.cross_entropy_weight = 0.2
+  config.segmenter.dice_weight = 0.8
+  config.optimizer.segmenter.learning_rate = 5e-3
+  config.optimizer.segmenter.decay = "poly"
+  config.optimizer.segmenter.warmup_steps = 250
+  config.optimizer.segmenter.weight_decay = 0.1
+  config.optimizer.segmenter.clip_norm = 0.0
+  config.train.steps = 30_400  # 160 epochs of 8,000 cases
+  config.train.segmenter = (0, 30_400)
+  config.train.segmentation_batch = 42
+
+
+def _transunet(config):
+  _segmenter_alone(config)
+  config.data.size = (224, 224)
+  config.segmenter.network = "transunet"
+  config.segmenter.image_size = 224
+  config.segmenter.transunet.dropout_rate = 0.1
+  config.optimizer.segmenter.kind = "sgd"
+  config.optimizer.segmenter.learning_rate = 0.01
+  config.optimizer.segmenter.decay = "poly"
+  config.optimizer.segmenter.warmup_steps = 0
+  config.optimizer.segmenter.clip_norm = 0.0
+  config.train.steps = 100_000  # 300 epochs of 8,000 cases
+  config.train.segmenter = (0, 100_000)
+  config.train.segmentation_batch = 24
+
+
+VARIANTS = {
+  "": lambda config: None,
+  "small": _small,
+  "sd15": _sd15,
+  "samed": _samed,
+  "transunet": _transunet,
+}

@@ -130,6 +130,10 @@ class SAMed(nn.Module):
       ValueError: the image has another shape.
     """
     del train
+    return self.segment(image)[0]
+
+  def segment(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits as `__call__`, and the embedding's mean [B, decoder_dim]."""
     if (
       image.ndim != 4
       or image.shape[1:3] != (self.image_size, self.image_size)
@@ -142,7 +146,8 @@ class SAMed(nn.Module):
     image = jnp.broadcast_to(image, (*image.shape[:3], 3))
     embedding = self.image_encoder(image, self.lora())
     prompt, position = self.prompt_encoder(*embedding.shape[1:3])
-    return self.mask_decoder(embedding, prompt, position)[0]
+    logits = self.mask_decoder(embedding, prompt, position)[0]
+    return logits, jnp.mean(embedding, axis=(1, 2))
 
 
 def labels(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,10 @@ from fairdiff_jax.fairness.risk import RunningRisk, group_risk, weighted_mean
 from fairdiff_jax.objectives.adversary import adversary_task, reverse
 from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.points import points_task
-from fairdiff_jax.objectives.segmentation import segmentation_task
+from fairdiff_jax.objectives.segmentation import (
+  make_network,
+  segmentation_task,
+)
 from fairdiff_jax.objectives.task import Task, Variables
 
 NETWORKS = ("points", "image", "segmenter", "adversary")
@@ -93,9 +96,11 @@ def make_objective(
   makers = {
     "points": lambda: points_task(config.points, num_groups, axis_name),
     "image": lambda: image_task(config.image, num_groups),
-    "segmenter": lambda: segmentation_task(config.segmenter),
+    "segmenter": lambda: segmentation_task(config.segmenter, axis_name),
     "adversary": lambda: adversary_task(
-      config.fairness.adversary_width, config.segmenter.channels[-1], num_groups
+      config.fairness.adversary_width,
+      make_network(config.segmenter).num_features,
+      num_groups,
     ),
   }
   return Objective(

@@ -5,17 +5,41 @@ r"""Segmentation risk.
 
 with sums over the pixels of one case, p the softmax, y the one-hot label and
 s = 1e-5. The public FairDiff code sums over the batch as well, which gives no
-loss per case and so no risk per group.
+loss per case and so no risk per group. Where a network's logits are coarser
+than the image, labels are taken at their resolution.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fairdiff_jax.fairness.regularizers import DiceTerms
+from fairdiff_jax.models import samed
 from fairdiff_jax.models.small_unet import SmallUNet
+from fairdiff_jax.models.transunet import TransUNet
 from fairdiff_jax.objectives.task import Task, Variables
+from fairdiff_jax.pretrained import fairdiff, graft, segment_anything, vit
 
 NUM_CLASSES = 3  # background, rim, cup
+
+
+class Network(NamedTuple):
+  """A segmentation network.
+
+  Attributes:
+    init: as `Task.init`.
+    apply: (variables, images [B, H, W, 1] in [-1, 1], weight [B], keys [B],
+      train) -> logits [B, h, w, C], features [B, F], batch statistics.
+    num_features: F.
+    load: as `Task.load`.
+  """
+
+  init: Callable[[jax.Array], Variables]
+  apply: Callable[..., tuple[jax.Array, jax.Array, Any]]
+  num_features: int
+  load: Callable[[], Variables] | None = None
 
 
 def dice_terms(logits: jax.Array, label: jax.Array) -> DiceTerms:
@@ -32,23 +56,20 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
   return -jnp.mean(jnp.sum(y * log_p, axis=-1), axis=(1, 2))
 
 
-def segmentation_task(config) -> Task:
-  """The segmenter `theta`.
-
-  Args:
-    config: `channels`, `patch`, `cross_entropy_weight`, `dice_weight`.
-
-  Returns:
-    A task whose `risk` aux holds 'dice' terms [B, 3] and pooled 'features'
-    [B, F], and whose `sample` maps (variables, images [B, H, W, 1]) to labels
-    int32 [B, H, W].
-  """
+def _small_unet(config, axis_name) -> Network:
+  """`config`: 'channels', 'patch'."""
+  del axis_name
   module = SmallUNet(
     tuple(config.channels), num_classes=NUM_CLASSES, patch=config.patch
   )
   size = config.patch * 2 ** (len(config.channels) - 1)
 
-  def apply(variables, image, train):
+  def init(key):
+    image = jnp.zeros((1, size, size, 1))
+    return Variables(module.init(key, image)["params"], {}, {})
+
+  def apply(variables, image, weight, keys, train):
+    del weight, keys
     height, width = image.shape[1:3]
     # Deeper levels halve the image; sizes that do not divide are padded.
     pad = ((0, 0), (0, -height % size), (0, -width % size), (0, 0))
@@ -59,21 +80,168 @@ def segmentation_task(config) -> Task:
       mutable="intermediates",
     )
     (features,) = sown["intermediates"]["features"]
-    return logits[:, :height, :width].astype(jnp.float32), features
+    return logits[:, :height, :width], features, {}
+
+  return Network(init, apply, config.channels[-1])
+
+
+def _samed(config, axis_name) -> Network:
+  """`config`: 'image_size', 'weights', 'samed' (sizes)."""
+  del axis_name
+  module = samed.SAMed(
+    num_classes=NUM_CLASSES - 1, image_size=config.image_size, **config.samed
+  )
+
+  def assemble(variables):
+    learnt, kept = samed.split(variables["params"])
+    frozen = {"params": kept, "constants": variables["constants"]}
+    return Variables(learnt, {}, frozen)
 
   def init(key):
-    image = jnp.zeros((1, size, size, 1))
-    return Variables(module.init(key, image)["params"], {}, {})
+    return assemble(module.init(key, _image(config)))
+
+  def apply(variables, image, weight, keys, train):
+    del weight, keys, train
+    params = {**variables.params, **variables.frozen["params"]}
+    logits, features = module.apply(
+      {"params": params, "constants": variables.frozen["constants"]},
+      _check_size(image, config) / 2 + 0.5,
+      method="segment",
+    )
+    return logits, features, {}
+
+  def load():
+    _, variables = segment_anything.load(
+      config.weights,
+      image_size=config.image_size,
+      num_classes=NUM_CLASSES - 1,
+      rank=module.rank,
+    )
+    return assemble(variables)
+
+  return Network(init, apply, module.decoder_dim, load)
+
+
+def _transunet(config, axis_name) -> Network:
+  """`config`: 'image_size', 'weights', 'transunet' (sizes)."""
+  module = TransUNet(
+    num_classes=NUM_CLASSES, axis_name=axis_name, **config.transunet
+  )
+
+  def init(key):
+    variables = module.init(key, _image(config))
+    return Variables(variables["params"], variables["batch_stats"], {})
+
+  def apply(variables, image, weight, keys, train):
+    logits, updates = module.apply(
+      {"params": variables.params, "batch_stats": variables.batch_stats},
+      _check_size(image, config) / 2 + 0.5,
+      train,
+      weight,
+      rngs=None if keys is None else {"dropout": keys[0]},
+      mutable=["intermediates", "batch_stats"],
+    )
+    (features,) = updates["intermediates"]["features"]
+    return logits, features, updates["batch_stats"]
+
+  def load():
+    if config.weights.endswith(".npz"):
+      _, variables = vit.load(
+        config.weights, image_size=config.image_size, num_classes=NUM_CLASSES
+      )
+    else:
+      _, variables = fairdiff.load_transunet(
+        graft.read(config.weights), num_heads=module.num_heads
+      )
+    return Variables(variables["params"], variables["batch_stats"], {})
+
+  return Network(init, apply, module.hidden_dim, load)
+
+
+_NETWORKS = {
+  "small_unet": _small_unet,
+  "samed": _samed,
+  "transunet": _transunet,
+}
+
+
+def _image(config):
+  return jnp.zeros((1, config.image_size, config.image_size, 1))
+
+
+def _check_size(image, config):
+  side = config.image_size
+  if image.shape[1:3] != (side, side):
+    raise ValueError(
+      f"segmenter.network={config.network!r} takes images of {side} x {side},"
+      f" not {image.shape[1]} x {image.shape[2]}; set data.size or"
+      " segmenter.image_size"
+    )
+  return image
+
+
+def make_network(config, axis_name: str | None = None) -> Network:
+  """The network that `config.network` names.
+
+  Raises:
+    ValueError: if it is unknown, or its weights do not fit its sizes.
+  """
+  if config.network not in _NETWORKS:
+    raise ValueError(
+      f"unknown segmenter.network {config.network!r}; use one of"
+      f" {', '.join(_NETWORKS)}"
+    )
+  network = _NETWORKS[config.network](config, axis_name)
+  if not config.weights or network.load is None:
+    return network._replace(load=None)
+
+  def load():
+    found = network.load()
+    try:
+      graft.require_shapes(
+        found._asdict(),
+        jax.eval_shape(network.init, jax.random.key(0))._asdict(),
+      )
+    except ValueError as error:
+      raise ValueError(
+        f"{config.weights} does not fit segmenter.{config.network}: {error}"
+      ) from error
+    return found
+
+  return network._replace(load=load)
+
+
+def segmentation_task(config, axis_name: str | None = None) -> Task:
+  """The segmenter `theta`.
+
+  Args:
+    config: `network` and what it takes, `weights` to start from,
+      `cross_entropy_weight`, `dice_weight`.
+    axis_name: mapped axis that batch normalisation spans under `pmap`.
+
+  Returns:
+    A task whose `risk` aux holds 'dice' terms [B, 3] and pooled 'features'
+    [B, F], and whose `sample` maps (variables, images [B, H, W, 1]) to labels
+    int32 [B, H, W].
+  """
+  network = make_network(config, axis_name)
 
   def risk(variables, batch, keys, train):
-    del keys
-    logits, features = apply(variables, batch["image"], train)
-    dice = dice_terms(logits, batch["mask"])
+    logits, features, batch_stats = network.apply(
+      variables, batch["image"], batch["weight"], keys, train
+    )
+    logits = logits.astype(jnp.float32)
+    label = jax.image.resize(batch["mask"], logits.shape[:3], "nearest")
+    dice = dice_terms(logits, label)
     losses = config.dice_weight * dice.loss()
-    losses += config.cross_entropy_weight * cross_entropy(logits, batch["mask"])
-    return losses, {"batch_stats": {}, "dice": dice, "features": features}
+    losses += config.cross_entropy_weight * cross_entropy(logits, label)
+    aux = {"batch_stats": batch_stats, "dice": dice, "features": features}
+    return losses, aux
 
   def sample(variables, image):
-    return jnp.argmax(apply(variables, image, False)[0], axis=-1)
+    logits, *_ = network.apply(variables, image, None, None, False)
+    shape = (*image.shape[:3], NUM_CLASSES)
+    logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear")
+    return jnp.argmax(logits, axis=-1)
 
-  return Task(init, risk, sample)
+  return Task(network.init, risk, sample, network.load)

@@ -4,19 +4,56 @@ from typing import Any
 
 import optax
 
+MOMENTUM = 0.9  # of 'sgd'
+POWER = 0.9  # of decay 'poly'
+
+
+def _schedule(config, num_updates: int):
+  """Warm-up from 0, then the decay that `config.decay` names."""
+  peak, warmup = config.learning_rate, config.warmup_steps
+  rest = max(num_updates - warmup, 1)
+  decays = {
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    "poly": lambda: optax.polynomial_schedule(peak, 0.0, POWER, rest),
+    "constant": lambda: optax.constant_schedule(peak),
+  }
+  if config.decay not in decays:
+    raise ValueError(
+      f"unknown optimizer decay {config.decay!r}; use one of"
+      f" {', '.join(decays)}"
+    )
+  decay = decays[config.decay]()
+  if not warmup:
+    return decay
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, peak, warmup), decay], [warmup]
+  )
+
 
 def _network_optimizer(config, num_updates: int):
-  """AdamW with warm-up, cosine decay to 0 and clipping by global norm."""
-  schedule = optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=max(num_updates, config.warmup_steps + 1),
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(schedule, weight_decay=config.weight_decay),
-  )
+  """AdamW, or SGD with momentum, clipping by global norm before."""
+  schedule = _schedule(config, num_updates // config.accumulate)
+  kinds = {
+    "adamw": lambda: optax.adamw(schedule, weight_decay=config.weight_decay),
+    # Decay enters the momentum, as in PyTorch's SGD.
+    "sgd": lambda: optax.chain(
+      optax.add_decayed_weights(config.weight_decay),
+      optax.sgd(schedule, momentum=MOMENTUM),
+    ),
+  }
+  if config.kind not in kinds:
+    raise ValueError(
+      f"unknown optimizer kind {config.kind!r}; use one of {', '.join(kinds)}"
+    )
+  optimizer = kinds[config.kind]()
+  if config.clip_norm:
+    optimizer = optax.chain(
+      optax.clip_by_global_norm(config.clip_norm), optimizer
+    )
+  if config.accumulate > 1:
+    steps = optax.MultiSteps(optimizer, config.accumulate)
+    optimizer = steps.gradient_transformation()
+  return optimizer
 
 
 def make_optimizer(
@@ -29,9 +66,12 @@ def make_optimizer(
   exactly as it is.
 
   Args:
-    config: one entry per network with `learning_rate`, `warmup_steps`,
-      `weight_decay` and `clip_norm`.
-    num_updates: how many updates each network gets in the whole run.
+    config: one entry per network with `kind`, `learning_rate`, `decay`,
+      `warmup_steps`, `weight_decay`, `clip_norm` and `accumulate`.
+    num_updates: how many steps each network learns in the whole run.
+
+  Raises:
+    ValueError: if a `kind` or `decay` is unknown.
   """
   optimizers = {
     name: _network_optimizer(config[name], count)
