@@ -1,6 +1,6 @@
 # make quickstart   installs, trains the three networks on phantoms, reports
 # make test         installs, checks style, runs the tests
-# make parity       compares the large networks with their PyTorch peers
+# make parity       tests the published networks, against their PyTorch peers
 # make study        compares the methods on phantoms, with seeds (an hour)
 # PYTHON=python3.12 chooses another interpreter.
 

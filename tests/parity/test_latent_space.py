@@ -1,5 +1,8 @@
 """Diffusion of latents, from weights on disk to synthetic images."""
 
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +10,20 @@ import pytest
 import safetensors.numpy
 
 from configs.phantom import get_config
+from fairdiff_jax.data import npz
 from fairdiff_jax.diffusion.process import min_snr_weight
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.diffusion.schedule import make_schedule
+from fairdiff_jax.experiment import run as run_experiment
 from fairdiff_jax.models.stable_diffusion import (
   StableDiffusionControlNet,
   StableDiffusionUNet,
 )
+from fairdiff_jax.models.text_encoder import TextEncoder
 from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.latent_space import encode_image, make_autoencoder
-from fairdiff_jax.pretrained import stable_diffusion
+from fairdiff_jax.pretrained import importing, stable_diffusion
+from fairdiff_jax.synthesis.export import export
 from fairdiff_jax.training.loop import setup
 from fairdiff_jax.training.start import start_from_weights
 
@@ -174,7 +181,8 @@ def test_frozen_weights_must_be_named():
     start_from_weights(run.abstract, run.objective, run.abstract)
 
 
-def test_weights_are_those_of_the_directory(task, variables, tmp_path):
+def make_networks(variables):
+  """Modules with their variables, as readers of weights return them."""
   sizes = tiny_config().image.stable_diffusion
   shared = dict(
     block_out_channels=tuple(sizes.block_out_channels),
@@ -184,7 +192,7 @@ def test_weights_are_those_of_the_directory(task, variables, tmp_path):
     norm_num_groups=4,
   )
   stem = tuple(sizes.hint_channels)
-  networks = {
+  modules = {
     "unet": StableDiffusionUNet(**shared),
     "controlnet": StableDiffusionControlNet(
       **shared, conditioning_embedding_out_channels=stem
@@ -195,11 +203,14 @@ def test_weights_are_those_of_the_directory(task, variables, tmp_path):
     **variables.params,
     "autoencoder": variables.frozen["autoencoder"],
   }
+  return {k: (module, {"params": params[k]}) for k, module in modules.items()}
+
+
+def test_weights_are_those_of_the_directory(variables, tmp_path):
   config = tiny_config(**{"image.weights": str(tmp_path)})
-  for name, module in networks.items():
+  for name, network in make_networks(variables).items():
     with pytest.raises(FileNotFoundError if name == "unet" else ValueError):
       image_task(config.image, GROUPS).load()
-    network = module, {"params": params[name]}
     stable_diffusion.save(tmp_path, **{name: network})
   prompts = variables.frozen["prompts"]
   file = tmp_path / stable_diffusion.PROMPTS
@@ -227,3 +238,94 @@ def test_min_snr_bounds_the_weight_of_little_noise():
   ):
     found = min_snr_weight(schedule, prediction, t, 5.0)
     np.testing.assert_allclose(found, expected, rtol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def networks(variables):
+  text_encoder = TextEncoder(
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+  )
+  ids = jnp.zeros((1, 77), int)
+  initial = jax.jit(text_encoder.init)(jax.random.key(0), ids)
+  return {
+    **make_networks(variables),
+    "text_encoder": (text_encoder, initial),
+  }
+
+
+def write(out, networks):
+  ids = np.random.default_rng(0).integers(0, 20, (2, 77))
+  importing.write(
+    out, networks, positive=ids[:1], negative=ids[1], facts={"prompts": "?"}
+  )
+  return ids
+
+
+def test_import_is_complete_or_refused(networks, tmp_path):
+  out = tmp_path / "weights"
+  partial = {k: v for k, v in networks.items() if k != "autoencoder"}
+  with pytest.raises(ValueError, match=r"missing: \['autoencoder'\]"):
+    write(out, partial)
+  assert not list(tmp_path.iterdir())
+  ids = write(out, networks)
+  with pytest.raises(FileExistsError, match="it is not overwritten"):
+    write(out, networks)
+  module, variables = networks["text_encoder"]
+  prompts = safetensors.numpy.load_file(out / stable_diffusion.PROMPTS)
+  expected = module.apply(variables, ids)
+  np.testing.assert_allclose(prompts["positive"][0], expected[0], atol=1e-5)
+  np.testing.assert_allclose(prompts["negative"], expected[1], atol=1e-5)
+  record = json.loads((out / "import.json").read_text())
+  assert record["prompts"] == "?"
+  digest = hashlib.sha256((out / "unet/config.json").read_bytes())
+  assert record["sha256"]["unet/config.json"] == digest.hexdigest()
+  assert len(record["sha256"]) == 7
+
+
+def test_new_controlnet_changes_nothing_yet(networks):
+  module, variables = importing.new_controlnet(networks["unet"])
+  inputs = jnp.ones((1, 2, 2, 4)), jnp.ones(1, int), jnp.ones((1, 3, 8))
+  down, middle = module.apply(variables, *inputs, jnp.ones((1, 16, 16, 3)))
+  assert not any(np.abs(x).max() for x in (*down, middle))
+  np.testing.assert_array_equal(
+    variables["params"]["conv_in"]["kernel"],
+    networks["unet"][1]["params"]["conv_in"]["kernel"],
+  )
+
+
+def test_from_weights_to_synthetic_patients(networks, tmp_path):
+  weights, workdir = tmp_path / "weights", tmp_path / "run"
+  write(weights, networks)
+  config = tiny_config(
+    **{
+      "data.size": (32, 32),
+      "image.weights": str(weights),
+      "image.unet": "decoder",
+      "train.steps": 4,
+      "train.points": (0, 4),
+      "train.image": (0, 4),
+      "train.segmenter": (2, 4),
+      "baseline": False,
+    }
+  )
+  assert run_experiment(config.lock(), workdir)
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  losses = [json.loads(x).get("loss/image", 0) for x in lines]
+  assert np.isfinite(losses).all() and max(losses) > 0
+  saved = " ".join(str(x) for x in (workdir / "checkpoints").rglob("*"))
+  assert "inference" in saved and "autoencoder" not in saved
+
+  export(workdir, tmp_path / "made", ["Asian=2"])
+  image, mask, *_ = npz.read_case(tmp_path / "made" / "data_00001.npz")
+  assert image.shape == mask.shape == (32, 32) and mask.any()
+
+  file = weights / stable_diffusion.PROMPTS
+  prompts = safetensors.numpy.load_file(file)
+  prompts["negative"] += 1
+  safetensors.numpy.save_file(prompts, file)
+  with pytest.raises(ValueError, match="imported weights are not those"):
+    export(workdir, tmp_path / "other", ["Asian=2"])

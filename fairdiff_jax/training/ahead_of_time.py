@@ -1,0 +1,112 @@
+"""What the joint step needs on devices that are not here.
+
+Compiling for a TPU topology needs the package libtpu, not a TPU.
+"""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from jax.experimental import topologies
+
+from fairdiff_jax.training.loop import (
+  active_networks,
+  describe_batch,
+  setup,
+  step_function,
+)
+from fairdiff_jax.training.step import lower_step
+
+# bf16 operations a second and chip, as the vendor states them.
+PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+
+
+def tpu_devices(topology: str) -> list[Any]:
+  """Devices of a topology such as 'v5p:2x2x2'.
+
+  Raises:
+    ValueError: if the generation is unknown.
+    RuntimeError: if libtpu is not installed or does not know the topology.
+  """
+  generation, _, _ = topology.partition(":")
+  if generation not in PEAK:
+    raise ValueError(
+      f"unknown TPU {generation!r} in topology {topology!r}; use one of"
+      f" {', '.join(PEAK)}, such as v5p:2x2x2"
+    )
+  description = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology
+  )
+  return list(description.devices)
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+  """Collective operations of a compiled program: 'count' and 'bytes' of each.
+
+  Args:
+    text: the program's HLO. Bytes are those of the results, on one chip, each
+      counted once however often it runs in a loop.
+  """
+  found = defaultdict(lambda: {"count": 0, "bytes": 0})
+  pattern = rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\("
+  for line in text.splitlines():
+    match = re.search(pattern, line)
+    if match:
+      shapes = re.findall(r"([a-z]+)(\d+)\w*\[([\d,]*)\]", match[1])
+      if match[3]:  # operands come first, results last
+        shapes = shapes[len(shapes) // 2 :]
+      found[match[2]]["count"] += 1
+      found[match[2]]["bytes"] += sum(
+        int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for _, bits, dims in shapes
+      )
+  return dict(found)
+
+
+def analyse(config, devices, peak: float | None = None) -> dict[str, Any]:
+  """Compiles the step of a run's last phase and reports what it takes.
+
+  Args:
+    config: the run's config.
+    devices: of the mesh.
+    peak: operations a second of a device, for the utilisation.
+
+  Returns:
+    Per chip: 'arguments', 'temporaries' and 'memory' (both, and what of the
+    results is not donated) in bytes, 'flops', 'bytes' moved, 'collectives',
+    and, where the compiler estimates it, 'seconds' and 'utilisation'.
+  """
+  run = setup(config, devices)
+  active = active_networks(config, config.train.steps - 1)
+  compiled = lower_step(
+    step_function(run, active),
+    mesh=run.mesh,
+    state=run.abstract,
+    batch=describe_batch(config, active),
+  ).compile()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  result = {
+    "devices": len(devices),
+    "networks": list(active),
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "memory": memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
+    "flops": cost.get("flops"),
+    "bytes": cost.get("bytes accessed"),
+    "collectives": collectives(compiled.as_text()),
+    "seconds": cost.get("optimal_seconds"),
+  }
+  if peak and result["seconds"] and result["seconds"] > 0:
+    result["utilisation"] = result["flops"] / result["seconds"] / peak
+  return result

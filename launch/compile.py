@@ -1,0 +1,54 @@
+"""Compiles the joint step for TPUs that are not here, and says what it takes.
+
+  pip install libtpu
+  python launch/compile.py --config configs/fairseg.py:sd15 \
+    --topology v5p:2x2x2 --cases_per_chip 4 --config.parallel.fsdp=8
+"""
+
+import json
+
+import cli
+from absl import flags
+from ml_collections import config_flags
+
+from fairdiff_jax.training import ahead_of_time
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
+TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "TPUs, all chips.")
+CASES = flags.DEFINE_integer(
+  "cases_per_chip", 4, "Sets both batches: so many cases on every chip."
+)
+JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
+flags.mark_flag_as_required("config")
+
+
+def main(_):
+  devices = ahead_of_time.tpu_devices(TOPOLOGY.value)
+  config = CONFIG.value
+  with config.unlocked():
+    batch = CASES.value * len(devices)
+    config.train.generation_batch = config.train.segmentation_batch = batch
+  peak = ahead_of_time.PEAK[TOPOLOGY.value.split(":")[0]]
+  found = ahead_of_time.analyse(config, devices, peak)
+  print(
+    f"{TOPOLOGY.value}, {found['devices']} chips, {CASES.value} cases a chip,"
+    f" {' + '.join(found['networks'])}; per chip:"
+  )
+  for name in ("memory", "arguments", "temporaries", "bytes"):
+    print(f"  {name:<14}{found[name] / 1e9:10.2f} GB")
+  print(f"  {'flops':<14}{found['flops'] / 1e12:10.3f} T")
+  if found["seconds"]:
+    print(f"  {'estimated':<14}{1e3 * found['seconds']:10.1f} ms")
+  if "utilisation" in found:
+    print(f"  {'utilisation':<14}{100 * found['utilisation']:10.1f} %")
+  for name, figures in found["collectives"].items():
+    print(
+      f"  {name:<14}{figures['bytes'] / 1e9:10.2f} GB in {figures['count']}"
+    )
+  if JSON.value:
+    with open(JSON.value, "x") as file:
+      json.dump({"topology": TOPOLOGY.value, **found}, file, indent=2)
+
+
+if __name__ == "__main__":
+  cli.run(main)
