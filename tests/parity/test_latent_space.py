@@ -10,11 +10,9 @@ import pytest
 import safetensors.numpy
 
 from configs.phantom import get_config
-from fairdiff_jax.data import npz
 from fairdiff_jax.diffusion.process import min_snr_weight
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.diffusion.schedule import make_schedule
-from fairdiff_jax.experiment import run as run_experiment
 from fairdiff_jax.models.stable_diffusion import (
   StableDiffusionControlNet,
   StableDiffusionUNet,
@@ -23,7 +21,6 @@ from fairdiff_jax.models.text_encoder import TextEncoder
 from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.latent_space import encode_image, make_autoencoder
 from fairdiff_jax.pretrained import importing, stable_diffusion
-from fairdiff_jax.synthesis.export import export
 from fairdiff_jax.training.loop import setup
 from fairdiff_jax.training.start import start_from_weights
 
@@ -295,37 +292,3 @@ def test_new_controlnet_changes_nothing_yet(networks):
     variables["params"]["conv_in"]["kernel"],
     networks["unet"][1]["params"]["conv_in"]["kernel"],
   )
-
-
-def test_from_weights_to_synthetic_patients(networks, tmp_path):
-  weights, workdir = tmp_path / "weights", tmp_path / "run"
-  write(weights, networks)
-  config = tiny_config(
-    **{
-      "data.size": (32, 32),
-      "image.weights": str(weights),
-      "image.unet": "decoder",
-      "train.steps": 4,
-      "train.points": (0, 4),
-      "train.image": (0, 4),
-      "train.segmenter": (2, 4),
-      "baseline": False,
-    }
-  )
-  assert run_experiment(config.lock(), workdir)
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  losses = [json.loads(x).get("loss/image", 0) for x in lines]
-  assert np.isfinite(losses).all() and max(losses) > 0
-  saved = " ".join(str(x) for x in (workdir / "checkpoints").rglob("*"))
-  assert "inference" in saved and "autoencoder" not in saved
-
-  export(workdir, tmp_path / "made", ["Asian=2"])
-  image, mask, *_ = npz.read_case(tmp_path / "made" / "data_00001.npz")
-  assert image.shape == mask.shape == (32, 32) and mask.any()
-
-  file = weights / stable_diffusion.PROMPTS
-  prompts = safetensors.numpy.load_file(file)
-  prompts["negative"] += 1
-  safetensors.numpy.save_file(prompts, file)
-  with pytest.raises(ValueError, match="imported weights are not those"):
-    export(workdir, tmp_path / "other", ["Asian=2"])
