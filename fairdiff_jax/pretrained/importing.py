@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fairdiff_jax.models.stable_diffusion import StableDiffusionControlNet
 from fairdiff_jax.pretrained import stable_diffusion
 from fairdiff_jax.pretrained.stable_diffusion import Network
 
@@ -39,32 +38,6 @@ def sha256(path: str | Path) -> dict[str, str]:
       with file.open("rb") as content:
         digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
   return digests
-
-
-def new_controlnet(unet: Network, seed: int = 0) -> Network:
-  """A ControlNet that starts from a U-Net and changes nothing yet."""
-  module, variables = unet
-  controlnet = StableDiffusionControlNet(
-    in_channels=module.in_channels,
-    block_out_channels=module.block_out_channels,
-    layers_per_block=module.layers_per_block,
-    attention_head_dim=module.attention_head_dim,
-    cross_attention_dim=module.cross_attention_dim,
-    norm_num_groups=module.norm_num_groups,
-  )
-  side = 2 ** (len(module.block_out_channels) - 1)
-  hint = side * 2 ** (len(controlnet.conditioning_embedding_out_channels) - 1)
-  drawn = jax.jit(controlnet.init)(
-    jax.random.key(seed),
-    jnp.zeros((1, side, side, module.in_channels)),
-    jnp.zeros(1, jnp.int32),
-    jnp.zeros((1, 1, module.cross_attention_dim)),
-    jnp.zeros((1, hint, hint, 3)),
-  )
-  params = stable_diffusion.controlnet_from_unet(
-    variables["params"], drawn["params"]
-  )
-  return controlnet, {"params": params}
 
 
 def write(
@@ -105,7 +78,7 @@ def write(
     "negative": encode(variables, jnp.asarray(negative)[None])[0],
   }
   if "controlnet" not in networks:
-    networks["controlnet"] = new_controlnet(networks["unet"])
+    networks["controlnet"] = stable_diffusion.new_controlnet(networks["unet"])
   temporary = out.with_name("tmp_" + out.name)
   shutil.rmtree(temporary, ignore_errors=True)
   stable_diffusion.save(temporary, **networks)

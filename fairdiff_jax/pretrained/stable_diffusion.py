@@ -357,6 +357,20 @@ def controlnet_from_unet(
   return {**jax.tree.map(jnp.copy, encoder), **own}
 
 
+def new_controlnet(unet: Network, seed: int = 0) -> Network:
+  """A ControlNet that starts from a U-Net and changes nothing yet."""
+  module, variables = unet
+  sizes = _attributes(module)
+  del sizes["out_channels"]
+  controlnet = StableDiffusionControlNet(**sizes)
+  inputs = KINDS["controlnet"].inputs(controlnet)
+  drawn = jax.jit(controlnet.init)(
+    jax.random.key(seed), *(jnp.zeros(x.shape, x.dtype) for x in inputs)
+  )
+  params = controlnet_from_unet(variables["params"], drawn["params"])
+  return controlnet, {"params": params}
+
+
 def load_single_file(path: str | Path) -> dict[str, Network]:
   """Reads the original's layout, in which one file holds every network.
 

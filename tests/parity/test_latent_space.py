@@ -284,7 +284,7 @@ def test_import_is_complete_or_refused(networks, tmp_path):
 
 
 def test_new_controlnet_changes_nothing_yet(networks):
-  module, variables = importing.new_controlnet(networks["unet"])
+  module, variables = stable_diffusion.new_controlnet(networks["unet"])
   inputs = jnp.ones((1, 2, 2, 4)), jnp.ones(1, int), jnp.ones((1, 3, 8))
   down, middle = module.apply(variables, *inputs, jnp.ones((1, 16, 16, 3)))
   assert not any(np.abs(x).max() for x in (*down, middle))
