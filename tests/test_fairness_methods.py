@@ -411,7 +411,7 @@ def mapped(states):
 
   def call(batch):
     shards = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
-    found = compiled(shards, states)
+    found = jax.device_get(compiled(shards, states))
     result = {}
     for method, (value, state, gradients) in found.items():
       first = jax.tree.map(lambda x: x[0], (value, state))
