@@ -92,7 +92,7 @@ def _segmenter_alone(config):
 
 def _samed(config):
   _segmenter_alone(config)
-  config.data.size = (512, 512)
+  config.data.crop = config.data.size = (512, 512)
   config.segmenter.network = "samed"
   config.segmenter.cross_entropy_weight = 0.2
   config.segmenter.dice_weight = 0.8
@@ -108,6 +108,7 @@ def _samed(config):
 
 def _transunet(config):
   _segmenter_alone(config)
+  config.data.crop = (512, 512)
   config.data.size = (224, 224)
   config.segmenter.network = "transunet"
   config.segmenter.image_size = 224
