@@ -172,6 +172,8 @@ def base_config() -> ConfigDict:
       baseline=True,  # also train the segmenter alone, on real data (ERM)
       evaluation=dict(
         batch_size=64,  # test cases predicted at a time
+        empty="exclude",  # or 'published': what an absent structure counts
+        equity="fairdiff_std",  # or 'fairseg_sum', 'population_std'
         synthetic_per_group=64,  # synthetic cases checked in the report
       ),
     )
