@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from fairdiff_jax.config import data_directory
 from fairdiff_jax.data.attributes import OTHER, small_groups
-from fairdiff_jax.data.fairseg import Cases, load, prepare
+from fairdiff_jax.data.fairseg import Cases, load, prepare, require_prepared
 from fairdiff_jax.evaluation.evaluate import definitions_of, evaluate
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
@@ -72,6 +72,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
     if jax.process_index() == 0:
       prepare(config.data, directory)
     _meet("data")
+  require_prepared(config.data, directory)
   cases = load(directory, "train")
   config = pool_small_groups(config, cases)
   if train(config, workdir, cases, make_refill=make_refill) is None:

@@ -443,6 +443,21 @@ def test_reuses_the_same_and_refuses_other_settings(source, tmp_path):
     fairseg.build(tmp_path / "other", data, **BUILD)
 
 
+def test_other_pixels_than_prepared_are_refused(source, tmp_path):
+  data = tmp_path / "data"
+  config = {"size": (40, 48), "crop": (44, 50)}
+  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py --config"):
+    fairseg.require_prepared(config, data)
+  fairseg.build(source, data, **BUILD | config)
+  fairseg.require_prepared(config, data)
+  for key, value, message in (
+    ("crop", (), r"crop 44 x 50, but data\.crop is none"),
+    ("size", [40, 40], r"size 40 x 48, but data\.size is 40 x 40"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      fairseg.require_prepared(config | {key: value}, data)
+
+
 def test_killed_build_is_not_taken_for_complete(source, tmp_path, monkeypatch):
   data = tmp_path / "data"
   unfinished = []

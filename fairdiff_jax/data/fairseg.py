@@ -231,6 +231,26 @@ def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
   return report
 
 
+def require_prepared(config: Any, directory: str | os.PathLike) -> None:
+  """Raises ValueError unless data was prepared with a `config.data`'s pixels.
+
+  What it was prepared from is not compared: prepared data may be moved.
+
+  Raises:
+    FileNotFoundError: the directory is not prepared.
+    ValueError: it was prepared with another size or crop.
+  """
+  settings = _require(directory).settings
+  for key in ("size", "crop"):
+    found, wanted = tuple(settings.get(key, ())), tuple(config[key])
+    if found != wanted:
+      raise ValueError(
+        f"{directory} was prepared with {key} {_plain(found) or 'none'}, but "
+        f"data.{key} is {_plain(wanted) or 'none'}. Change data.{key}, or "
+        "prepare another directory (launch/prepare.py)."
+      )
+
+
 def load(
   directory: str | os.PathLike, split: str, *, progress: bool = True
 ) -> Cases:
@@ -245,12 +265,7 @@ def load(
     FileNotFoundError: the directory is not prepared.
     ValueError: the prepared data has no such split.
   """
-  if not _is_prepared(directory):
-    raise FileNotFoundError(
-      f"{directory} holds no prepared data. Prepare it with: python "
-      "launch/prepare.py --config CONFIG --config.data.source=NPZ_DIRECTORY "
-      f"--config.data.directory={directory}"
-    )
+  _require(directory)
   builder = tfds.builder_from_directory(_data_path(directory))
   if split not in builder.info.splits:
     raise ValueError(
@@ -380,6 +395,17 @@ def _data_path(directory: str | os.PathLike) -> Path:
 def _is_prepared(directory: str | os.PathLike) -> bool:
   # TFDS writes to incomplete.XXXXXX_1.0.0 and renames it at the end.
   return (_data_path(directory) / "dataset_info.json").is_file()
+
+
+def _require(directory: str | os.PathLike) -> Report:
+  """The report of a prepared directory."""
+  if not _is_prepared(directory):
+    raise FileNotFoundError(
+      f"{directory} holds no prepared data. Prepare it with: python "
+      "launch/prepare.py --config CONFIG --config.data.source=NPZ_DIRECTORY "
+      f"--config.data.directory={directory}"
+    )
+  return _stored_report(directory)
 
 
 def _stored_report(directory: str | os.PathLike) -> Report:
