@@ -18,8 +18,9 @@ def normal(seed, *shape, scale=1.0):
   return values.astype(np.float32)
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_values_and_gradients(scale):
+  """At scale 40, logits whose exponential is no float32."""
   q, k = normal(0, 2, 3, 5, 4, scale=scale), normal(1, 2, 3, 7, 4)
   inputs = q, k, normal(2, 2, 3, 7, 4), normal(3, 2, 3, 5, 7)
   cotangent = normal(4, 2, 3, 5, 4)
@@ -29,11 +30,10 @@ def test_values_and_gradients(scale):
     return y, vjp(cotangent)
 
   found, expected = compute(attend), compute(reference)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    found,
-    expected,
-  )
+  if scale > 1:
+    assert jnp.einsum("bntd,bnsd->bnts", q, k).max() / 2 > 89
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
 
 
 def test_types_stay():
