@@ -22,10 +22,10 @@ def attend(
   Returns:
     [B, N, T, D] in the type of v.
   """
+  q *= q.shape[-1] ** -0.5
   logits = jnp.einsum(
     "bntd,bnsd->bnts", q, k, preferred_element_type=jnp.float32
   )
-  logits *= q.shape[-1] ** -0.5
   if bias is not None:
     logits += bias
   highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
