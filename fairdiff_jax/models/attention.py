@@ -22,7 +22,7 @@ def attend(
   Returns:
     [B, N, T, D] in the type of v.
   """
-  q *= q.shape[-1] ** -0.5
+  q = q * q.shape[-1] ** -0.5
   logits = jnp.einsum(
     "bntd,bnsd->bnts", q, k, preferred_element_type=jnp.float32
   )
