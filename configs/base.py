@@ -14,7 +14,8 @@ def base_config() -> ConfigDict:
       data=dict(
         source="",  # directory of npz files and data_summary.csv, or 'phantom'
         directory="",  # prepared data; '' = <workdir>/data
-        size=(256, 256),  # rows, columns that images are resized to
+        crop=(),  # rows, columns of the image's centre to use; () = all of it
+        size=(256, 256),  # rows, columns that it is resized to
         num_points=512,  # points per cloud
         split="use",  # the csv's column, or a file listing training cases
         attribute="race",  # sensitive attribute, or several: 'race+gender'
@@ -171,6 +172,8 @@ def base_config() -> ConfigDict:
       baseline=True,  # also train the segmenter alone, on real data (ERM)
       evaluation=dict(
         batch_size=64,  # test cases predicted at a time
+        empty="exclude",  # or 'published': what an absent structure counts
+        equity="fairdiff_std",  # or 'fairseg_sum', 'population_std'
         synthetic_per_group=64,  # synthetic cases checked in the report
       ),
     )

@@ -91,8 +91,14 @@ def _segmenter_alone(config):
 
 
 def _samed(config):
+  """As in FairDiff's scripts: the centre 512 x 512 at its native resolution.
+
+  Logits of 128 x 128 are enlarged to 512 x 512, and measured there, as in
+  print. FairDiff's figures: evaluation.empty=published; FairSeg's:
+  evaluation.equity=fairseg_sum besides.
+  """
   _segmenter_alone(config)
-  config.data.size = (512, 512)
+  config.data.crop = config.data.size = (512, 512)
   config.segmenter.network = "samed"
   config.segmenter.cross_entropy_weight = 0.2
   config.segmenter.dice_weight = 0.8
@@ -107,7 +113,13 @@ def _samed(config):
 
 
 def _transunet(config):
+  """As in FairDiff's scripts: the centre 512 x 512, resized to 224 x 224.
+
+  Predictions are measured at 224 x 224, as in print (there against masks that
+  are resized by nearest pixel, here by area); definitions as for SAMed.
+  """
   _segmenter_alone(config)
+  config.data.crop = (512, 512)
   config.data.size = (224, 224)
   config.segmenter.network = "transunet"
   config.segmenter.image_size = 224

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from fairdiff_jax.config import data_directory
 from fairdiff_jax.data.attributes import OTHER, small_groups
-from fairdiff_jax.data.fairseg import Cases, load, prepare
-from fairdiff_jax.evaluation.evaluate import evaluate
+from fairdiff_jax.data.fairseg import Cases, load, prepare, require_prepared
+from fairdiff_jax.evaluation.evaluate import definitions_of, evaluate
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
 
@@ -64,6 +64,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
     True if it is complete, False if SIGTERM stopped it.
   """
   workdir = Path(workdir)
+  definitions_of(config.evaluation)  # known only at the end otherwise
   directory = data_directory(config, workdir)
   if config.data.source == "phantom":
     # Gloo gives up after 30 s when processes first meet, but not later.
@@ -71,6 +72,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
     if jax.process_index() == 0:
       prepare(config.data, directory)
     _meet("data")
+  require_prepared(config.data, directory)
   cases = load(directory, "train")
   config = pool_small_groups(config, cases)
   if train(config, workdir, cases, make_refill=make_refill) is None:

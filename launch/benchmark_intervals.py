@@ -22,6 +22,9 @@ from tqdm import tqdm
 from fairdiff_jax.fairness import metrics, uncertainty
 
 TRIALS = flags.DEFINE_integer("trials", 1000, "Test sets a row.")
+EQUITY = flags.DEFINE_enum(
+  "equity", metrics.EQUITY[0], metrics.EQUITY, "Definition of ES."
+)
 RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Resamples an interval.")
 
 NAMES = ("a", "b", "c")
@@ -60,21 +63,21 @@ def population(distribution, means):
 
 def trial(task):
   """Which intervals of one test set cover, bool in the order of `COLUMNS`."""
-  distribution, means, sizes, resamples, seed = task
+  distribution, means, sizes, equity, resamples, seed = task
   values = population(distribution, means)
   group = np.repeat(np.arange(len(means)), sizes)
   rng = np.random.default_rng(seed)
   cases = values[group, rng.integers(POPULATION, size=len(group))]
-  found = uncertainty.intervals(
-    cases[:, 0], group, NAMES, num_resamples=resamples
-  )
-  paired = uncertainty.compare(*cases.T, group, NAMES, num_resamples=resamples)
+  options = {"num_resamples": resamples, "definition": equity}
+  found = uncertainty.intervals(cases[:, 0], group, NAMES, **options)
+  paired = uncertainty.compare(*cases.T, group, NAMES, **options)
   # The truth is that of a population with the groups in the same proportion.
   group_means = values.mean(1)
   overall = np.average(group_means, axis=0, weights=sizes)
   gap = np.ptp(group_means, axis=0)
   es = [
-    metrics.equity_scaled(group_means[:, run], overall[run]) for run in (0, 1)
+    metrics.equity_scaled(group_means[:, run], overall[run], equity)
+    for run in (0, 1)
   ]
   checks = (
     (found["groups"]["a"], group_means[0, 0]),
@@ -89,7 +92,8 @@ def trial(task):
 def main(_):
   rows = list(itertools.product(FAILURES, MEANS, SIZES))
   trials = [row for row in rows for _ in range(TRIALS.value)]
-  tasks = [(*row, RESAMPLES.value, seed) for seed, row in enumerate(trials)]
+  options = EQUITY.value, RESAMPLES.value
+  tasks = [(*row, *options, seed) for seed, row in enumerate(trials)]
   with futures.ProcessPoolExecutor(os.cpu_count()) as pool:
     results = pool.map(trial, tasks, chunksize=25)
     covered = np.array(list(tqdm(results, total=len(tasks), unit="trial")))

@@ -4,7 +4,8 @@
     runs/variance_1 --names baseline,variance --out comparison
 
 Tests are against the method of the first run. The runs must have reports
-(launch/evaluate.py) on the same test cases; their baselines are left out.
+(launch/evaluate.py) on the same test cases, by the same definitions; their
+baselines are left out.
 """
 
 import cli

@@ -145,6 +145,18 @@ def test_typo_on_the_command_line(tmp_path):
   assert_one_line(done, '.*metod.*Did you mean "method".*')
 
 
+def test_unknown_definition_is_refused_before_the_run(tmp_path):
+  done = launch(
+    "train",
+    *("--config", "configs/phantom.py:smoke", "--workdir", str(tmp_path)),
+    "--config.evaluation.equity=fairest",
+  )
+  names = "'fairdiff_std', 'fairseg_sum', 'population_std'"
+  message = f"evaluation.equity must be one of {names}, got 'fairest'"
+  assert_one_line(done, message)
+  assert not list(tmp_path.iterdir())
+
+
 def test_missing_run_on_the_command_line(tmp_path):
   done = launch("evaluate", "--workdir", str(tmp_path / "none"))
   assert_one_line(done, ".*not the work directory of a run; train first.*")

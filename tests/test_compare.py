@@ -31,7 +31,7 @@ def table(rng, shift=0.0):
   return columns
 
 
-def make_run(directory, columns=None, seed=0, method="none"):
+def make_run(directory, columns=None, seed=0, method="none", **definitions):
   (directory / "report").mkdir(parents=True)
   config = {
     "seed": seed,
@@ -41,6 +41,8 @@ def make_run(directory, columns=None, seed=0, method="none"):
   (directory / "config.json").write_text(json.dumps(config))
   if columns:
     segmentation.write_csv(directory / "report" / "cases.csv", columns)
+    summary = {"definitions": definitions}
+    (directory / "report" / "summary.json").write_text(json.dumps(summary))
   return directory
 
 
@@ -294,6 +296,48 @@ def test_other_cases_or_groups_cannot_be_paired(tmp_path):
   ):
     with pytest.raises(ValueError, match=message):
       compare.compare_runs({"A": [a], "B": [other]}, tmp_path / "out")
+
+
+def test_other_definitions_cannot_be_compared(tmp_path):
+  columns = table(np.random.default_rng(0))
+  a = make_run(tmp_path / "a", columns)
+  b = make_run(tmp_path / "b", columns, equity="fairseg_sum")
+  out = tmp_path / "out"
+  with pytest.raises(ValueError, match=r"a and .*b were .* by different .*"):
+    compare.compare_runs({"A": [a], "B": [b]}, out)
+  path = a / "report" / "summary.json"
+  path.write_text("{}")
+  remedy = r"launch/evaluate\.py --workdir .*a$"
+  with pytest.raises(ValueError, match=f"not say its definitions; .*{remedy}"):
+    compare.compare_runs({"A": [a]}, out)
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=f"does not exist; .*{remedy}"):
+    compare.compare_runs({"A": [a]}, out)
+  assert not out.exists()
+
+
+def test_definitions_are_those_of_the_reports(tmp_path):
+  columns = table(np.random.default_rng(0))
+  other = columns | {"cup_dice": columns["cup_dice"] + 0.05}
+  runs = {
+    name: [make_run(tmp_path / name, values, equity="fairseg_sum")]
+    for name, values in (("a", columns), ("b", other))
+  }
+  rows = compare.compare_runs(runs, tmp_path / "out")
+  (first, second) = (
+    row
+    for row in rows
+    if (row["class"], row["measure"], row["figure"]) == ("cup", "dice", "es")
+  )
+  values = stored(columns, "cup_dice")
+  figures = expected(values)
+  overall = figures["overall", ""]
+  spread = sum(abs(figures["group", g] - overall) for g in KNOWN)
+  assert first["value"] == pytest.approx(overall / (1 + spread))
+  assert first["low"] < first["value"]
+  assert second["difference"] == pytest.approx(0.05 / (1 + spread), rel=1e-3)
+  text = (tmp_path / "out" / "comparison.md").read_text()
+  assert "FairSeg's definition" in text
 
 
 def test_launch_script(tmp_path):

@@ -124,6 +124,88 @@ def test_thin_rim_survives_shrinking(source, tmp_path):
   assert (small == 1).mean() == pytest.approx((mask == -1).mean(), rel=0.3)
 
 
+@pytest.mark.parametrize("crop", [(44, 50), (45, 51), (60, 50)])
+def test_crop_is_the_centre(source, tmp_path, crop):
+  """At the crop's own size, pixels are the native ones."""
+  options = BUILD | {"size": crop, "crop": crop}
+  report = fairseg.build(source, tmp_path / "data", **options)
+  assert report.settings["crop"] == list(crop)
+  assert report.sizes == {"60 x 76": 3}
+  assert report.notes == []
+  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  image, mask = eye()
+  top, left = H0 // 2 - crop[0] // 2, W0 // 2 - crop[1] // 2
+  centre = np.s_[top : top + crop[0], left : left + crop[1]]
+  np.testing.assert_array_equal(cases.image[0], image[centre])
+  np.testing.assert_array_equal(cases.mask[0], -mask[centre])
+  whole = contours.mask_to_points((-mask).astype(np.uint8), 64)
+  moved = whole - np.array([top, left, 0], np.float32)
+  np.testing.assert_allclose(cases.points[0], moved, atol=1e-4)
+
+
+def test_crop_comes_before_the_resize(source, tmp_path):
+  options = BUILD | {"size": (22, 25), "crop": (44, 50)}
+  fairseg.build(source, tmp_path / "data", **options)
+  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  image, mask = (x[8:52, 13:63] for x in eye())
+  expected = image.reshape(22, 2, 25, 2).mean((1, 3))
+  assert np.abs(cases.image[0] - expected).max() <= 0.5
+  share = (mask < 0).reshape(22, 2, 25, 2).mean((1, 3))
+  np.testing.assert_array_equal(cases.mask[0] > 0, share >= 0.5)
+  mask = contours.points_to_mask(cases.points[0], (22, 25))
+  for least in (1, 2):
+    assert dice(mask >= least, cases.mask[0] >= least) > 0.95
+
+
+def off_centre(row):
+  """A patient whose disc lies around (row, 42)."""
+  _, mask = eye()
+  return patient(disc_cup_mask=np.roll(mask, row - 27, axis=0))
+
+
+def test_crop_that_cuts_the_disc_is_noted(source, tmp_path):
+  """The disc reaches 18 pixels up, the cup 9; the crop begins at row 8."""
+  np.savez(source / "data_00002.npz", **off_centre(20))
+  options = BUILD | {"size": (44, 50), "crop": (44, 50)}
+  report = fairseg.build(source, tmp_path / "data", **options)
+  assert report.set_aside == []
+  assert report.notes == [
+    "The crop cuts the disc of 1 cases, which are kept: data_00002.npz."
+  ]
+  cases = fairseg.load(tmp_path / "data", "train", progress=False)
+  expected = -off_centre(20)["disc_cup_mask"][8:52, 13:63]
+  np.testing.assert_array_equal(cases.mask[1], expected)
+  assert (cases.mask[1][0] == 1).any() and (cases.mask[1] == 2).any()
+
+
+def test_crop_that_does_not_fit_sets_the_case_aside(source, tmp_path):
+  lost = off_centre(1)
+  lost["disc_cup_mask"][8:] = lost["disc_cup_mask"][8:].clip(-1)
+  np.savez(source / "data_00002.npz", **lost)
+  small = {k: x[:40] if x.ndim else x for k, x in patient().items()}
+  np.savez(source / "data_00003.npz", **small)
+  options = BUILD | {"crop": (44, 50)}
+  report = fairseg.build(source, tmp_path / "data", **options)
+  assert report.set_aside == [
+    (
+      "data_00002.npz",
+      "the crop 44 x 50 of 60 x 76 shows no cup; choose a larger crop.",
+    ),
+    (
+      "data_00003.npz",
+      "the image (40 x 76) is smaller than the crop 44 x 50; choose a smaller"
+      " crop.",
+    ),
+  ]
+  assert report.notes == []
+
+
+@pytest.mark.parametrize("crop", [(44,), (4, 50)])
+def test_malformed_crop_is_refused(source, tmp_path, crop):
+  with pytest.raises(ValueError, match=r"crop must be \(H, W\) .* 8 pixels"):
+    fairseg.build(source, tmp_path / "data", **BUILD, crop=crop)
+
+
 @pytest.mark.parametrize("dialect", attributes.DIALECTS)
 def test_every_dialect_reads_the_same(tmp_path, dialect):
   image, mask = eye()
@@ -355,8 +437,25 @@ def test_reuses_the_same_and_refuses_other_settings(source, tmp_path):
   assert fairseg.check(data) == report
   with pytest.raises(FileExistsError, match=r"size 40 x 48 \(now 32 x 32\)"):
     fairseg.build(source, data, **BUILD | {"size": (32, 32)})
+  with pytest.raises(FileExistsError, match=r"crop none \(now 44 x 50\)"):
+    fairseg.build(source, data, **BUILD, crop=(44, 50))
   with pytest.raises(FileExistsError, match=r"source .*source \(now .*other"):
     fairseg.build(tmp_path / "other", data, **BUILD)
+
+
+def test_other_pixels_than_prepared_are_refused(source, tmp_path):
+  data = tmp_path / "data"
+  config = {"size": (40, 48), "crop": (44, 50)}
+  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py --config"):
+    fairseg.require_prepared(config, data)
+  fairseg.build(source, data, **BUILD | config)
+  fairseg.require_prepared(config, data)
+  for key, value, message in (
+    ("crop", (), r"crop 44 x 50, but data\.crop is none"),
+    ("size", [40, 40], r"size 40 x 48, but data\.size is 40 x 40"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      fairseg.require_prepared(config | {key: value}, data)
 
 
 def test_killed_build_is_not_taken_for_complete(source, tmp_path, monkeypatch):
@@ -386,6 +485,7 @@ def test_prepare_phantoms(tmp_path):
       "size": (32, 40),
       "num_points": 32,
       "split": "use",
+      "crop": (),
       "phantom": {
         "train": 9,
         "test": 1,
@@ -411,7 +511,8 @@ import ml_collections
 def get_config(variant='small'):
   return ml_collections.ConfigDict({'data': {
     'source': 'phantom', 'directory': '', 'size': (32, 32), 'num_points': 32,
-    'split': 'use', 'phantom': {'train': 3, 'test': 1, 'seed': 0}}})
+    'split': 'use', 'crop': (), 'phantom': {'train': 3, 'test': 1, 'seed': 0}
+  }})
 """
 
 

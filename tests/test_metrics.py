@@ -115,6 +115,27 @@ def test_empty_policies(measure):
     measure(label, prediction, 1, empty="sane")
 
 
+def test_empty_policies_of_the_distance():
+  full, empty = np.ones((4, 4)), np.zeros((4, 4))
+  label = np.stack([full, full, empty, empty])
+  prediction = np.stack([np.eye(4), empty, full, empty])
+  distances = metrics.hd95(label, prediction, 1)
+  assert distances[0] > 0 and np.isnan(distances[1:]).all()
+  np.testing.assert_array_equal(
+    metrics.hd95(label, prediction, 1, empty="published"),
+    [distances[0], 0, 0, 0],
+  )
+  with pytest.raises(ValueError, match="sane"):
+    metrics.hd95(label, prediction, 1, empty="sane")
+
+
+def test_unknown_definitions_are_refused():
+  with pytest.raises(ValueError, match="empty must be one of 'exclude', 'pub"):
+    metrics.Definitions(empty="sane")
+  with pytest.raises(ValueError, match="equity must be one of .* 'fairest'"):
+    metrics.Definitions(equity="fairest")
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_shapes_are_checked(measure):
   with pytest.raises(ValueError, match=r"\[n, H, W\]"):

@@ -152,6 +152,54 @@ def test_summary_equals_direct_computation(written, case):
   )
 
 
+def test_definitions_are_used_and_recorded(written, case, tmp_path):
+  directory, default = written
+  assert default["definitions"] == {
+    "empty": "exclude",
+    "equity": "fairdiff_std",
+  }
+  assert "FairDiff's tables" in " ".join(
+    Page((directory / "index.html").read_text()).text
+  )
+  ours, baseline = case["columns"]
+  result = report.write(
+    tmp_path,
+    title="t",
+    models={"A": ours, "B": baseline},
+    definitions=metrics.Definitions("published", "fairseg_sum"),
+  )
+  assert result["definitions"] == {
+    "empty": "published",
+    "equity": "fairseg_sum",
+  }
+  figures = result["models"]["A"]["cup"]["dice"]
+  spread = sum(
+    abs(group["mean"] - figures["overall"])
+    for group in figures["groups"].values()
+  )
+  assert figures["es"] == pytest.approx(figures["overall"] / (1 + spread))
+  low, high = figures["interval"]["es"]
+  options = {"definition": "fairseg_sum"}
+  scores = ours["cup_dice"], baseline["cup_dice"]
+  expected = uncertainty.intervals(scores[0], case["group"], GROUPS, **options)
+  assert (low, high) == expected["es"]
+  paired = uncertainty.compare(*scores[::-1], case["group"], GROUPS, **options)
+  assert result["difference"]["cup"]["dice"]["es"] == paired["es"]
+  shown = " ".join(Page((tmp_path / "index.html").read_text()).text)
+  assert "FairSeg's definition" in shown and "As in the public code" in shown
+  assert "FairDiff's tables" not in shown
+
+
+def test_columns_follow_the_policy_for_absent_structures():
+  label = np.zeros((1, 8, 8), np.uint8)
+  prediction = label + 2
+  columns = segmentation.per_case(
+    label, prediction, "a", np.array([0]), "A", "published"
+  )
+  assert columns["cup_dice"] == columns["disc_iou"] == [1]
+  assert columns["rim_dice"] == columns["cup_hd95"] == [0]
+
+
 def test_intervals_are_those_of_uncertainty(written, case):
   _, result = written
   ours, baseline = (

@@ -67,12 +67,20 @@ def test_two_cases_a_group_by_hand():
   assert found["gap"] == pytest.approx((0.05**0.5, 0.45**0.5))
 
 
-def test_without_noise_intervals_are_the_figures():
+@pytest.mark.parametrize("equity", metrics.EQUITY)
+def test_without_noise_intervals_are_the_figures(equity):
+  options = FAST | {"definition": equity}
   values, group = np.repeat([0.5, 0.7, 0.9], 40), np.repeat([0, 1, 2], 40)
-  found = uncertainty.intervals(values, group, NAMES, **FAST)
-  figures = metrics.summarize(values, group, NAMES)
+  found = uncertainty.intervals(values, group, NAMES, **options)
+  figures = metrics.summarize(values, group, NAMES, definition=equity)
   for kind in ("overall", "gap", "es"):
     assert found[kind] == pytest.approx((figures[kind],) * 2)
+  other = np.repeat([0.6, 0.7, 0.8], 40)
+  paired = uncertainty.compare(values, other, group, NAMES, **options)
+  after = metrics.summarize(other, group, NAMES, definition=equity)
+  difference = after["es"] - figures["es"]
+  for key in ("difference", "low", "high"):
+    assert paired["es"][key] == pytest.approx(difference)
   equal = uncertainty.intervals(np.full(120, 0.5), group, NAMES, **FAST)
   assert equal["gap"] == (0, 0)
   assert equal["es"] == (0.5, 0.5)

@@ -8,6 +8,10 @@ in the `Report`, which is stored with the data; no case is dropped silently.
 
 Rules, in one place:
 
+* Crop: the centre of the image, mask and points at their native size. A case
+  that is smaller, or whose cup lies outside, is set aside. One whose disc is
+  cut is kept with what is left of it, as the published segmenters do (to leave
+  it out would make the test set easier), and noted.
 * Image: area interpolation when shrinking, cubic when enlarging. Floating-point
   images within [0, 1] are multiplied by 255; within [0, 255] they are rounded.
 * Mask: nested area vote. A pixel is disc where at least half of its area is
@@ -47,6 +51,7 @@ from fairdiff_jax.data.npz import (
   read_summary,
 )
 
+SHOWN = 8  # cases that a note names
 SPLITS = {
   "training": "train",
   "train": "train",
@@ -129,6 +134,7 @@ def build(
   size: tuple[int, int],
   num_points: int,
   split: str = "use",
+  crop: tuple[int, ...] = (),
   progress: bool = True,
 ) -> Report:
   """Prepares a directory of npz files, once.
@@ -144,6 +150,8 @@ def build(
     num_points: N, points of a case's contours.
     split: "use" for the csv's column, or the path of a list of the training
       cases, one file name or stem a line; all others are test cases.
+    crop: (H, W) of the centre of the native images that is resized, in pixels;
+      () for all of them.
     progress: show a progress bar.
 
   Returns:
@@ -154,7 +162,9 @@ def build(
     FileExistsError: `directory` was prepared with other settings.
     ValueError: bad settings, or no usable case, or none to train on.
   """
-  settings = _settings(str(Path(source).resolve()), size, num_points, split)
+  settings = _settings(
+    str(Path(source).resolve()), size, num_points, split, crop
+  )
   return _reuse(directory, settings) or _build(
     Path(source), Path(directory), settings, split, progress
   )
@@ -165,7 +175,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
 
   Args:
     config: fields source ("phantom" or a directory of npz files), size,
-      num_points, split, and phantom, the arguments of `phantom.write`.
+      num_points, split, crop, and phantom, the arguments of `phantom.write`.
     directory: where to write the prepared data; phantoms are first written to
       a folder in it as npz files.
 
@@ -179,10 +189,11 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
       size=size,
       num_points=num_points,
       split=config.split,
+      crop=config.crop,
     )
   made = config.phantom.to_dict()
   origin = "phantom, " + ", ".join(f"{k} {_plain(v)}" for k, v in made.items())
-  settings = _settings(origin, size, num_points, config.split)
+  settings = _settings(origin, size, num_points, config.split, config.crop)
   stored = _reuse(directory, settings)
   if stored:
     return stored
@@ -220,6 +231,26 @@ def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
   return report
 
 
+def require_prepared(config: Any, directory: str | os.PathLike) -> None:
+  """Raises ValueError unless data was prepared with a `config.data`'s pixels.
+
+  What it was prepared from is not compared: prepared data may be moved.
+
+  Raises:
+    FileNotFoundError: the directory is not prepared.
+    ValueError: it was prepared with another size or crop.
+  """
+  settings = _require(directory).settings
+  for key in ("size", "crop"):
+    found, wanted = tuple(settings.get(key, ())), tuple(config[key])
+    if found != wanted:
+      raise ValueError(
+        f"{directory} was prepared with {key} {_plain(found) or 'none'}, but "
+        f"data.{key} is {_plain(wanted) or 'none'}. Change data.{key}, or "
+        "prepare another directory (launch/prepare.py)."
+      )
+
+
 def load(
   directory: str | os.PathLike, split: str, *, progress: bool = True
 ) -> Cases:
@@ -234,12 +265,7 @@ def load(
     FileNotFoundError: the directory is not prepared.
     ValueError: the prepared data has no such split.
   """
-  if not _is_prepared(directory):
-    raise FileNotFoundError(
-      f"{directory} holds no prepared data. Prepare it with: python "
-      "launch/prepare.py --config CONFIG --config.data.source=NPZ_DIRECTORY "
-      f"--config.data.directory={directory}"
-    )
+  _require(directory)
   builder = tfds.builder_from_directory(_data_path(directory))
   if split not in builder.info.splits:
     raise ValueError(
@@ -325,13 +351,22 @@ class FairSeg(tfds.core.GeneratorBasedBuilder):
 
 
 def _settings(
-  source: str, size: Sequence[int], num_points: int, split: str
+  source: str,
+  size: Sequence[int],
+  num_points: int,
+  split: str,
+  crop: Sequence[int],
 ) -> dict[str, Any]:
   """Checks the settings and puts them in the form that is stored."""
   sides = [int(side) for side in size]
   if len(sides) != 2 or min(sides) < 8:
     raise ValueError(
       f"size must be (H, W) with at least 8 pixels a side, not {tuple(size)}."
+    )
+  if crop and (len(crop) != 2 or min(crop) < 8):
+    raise ValueError(
+      "crop must be (H, W) with at least 8 pixels a side, or () for none, not "
+      f"{tuple(crop)}."
     )
   if num_points < 8:
     raise ValueError(f"num_points must be at least 8, not {num_points}.")
@@ -344,12 +379,13 @@ def _settings(
       )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     split = f"{path.name} (sha256 {digest[:12]})"
-  return {
+  settings = {
     "source": source,
     "size": sides,
     "num_points": int(num_points),
     "split": split,
   }
+  return settings | ({"crop": [int(side) for side in crop]} if crop else {})
 
 
 def _data_path(directory: str | os.PathLike) -> Path:
@@ -359,6 +395,17 @@ def _data_path(directory: str | os.PathLike) -> Path:
 def _is_prepared(directory: str | os.PathLike) -> bool:
   # TFDS writes to incomplete.XXXXXX_1.0.0 and renames it at the end.
   return (_data_path(directory) / "dataset_info.json").is_file()
+
+
+def _require(directory: str | os.PathLike) -> Report:
+  """The report of a prepared directory."""
+  if not _is_prepared(directory):
+    raise FileNotFoundError(
+      f"{directory} holds no prepared data. Prepare it with: python "
+      "launch/prepare.py --config CONFIG --config.data.source=NPZ_DIRECTORY "
+      f"--config.data.directory={directory}"
+    )
+  return _stored_report(directory)
 
 
 def _stored_report(directory: str | os.PathLike) -> Report:
@@ -377,9 +424,10 @@ def _reuse(
     return None
   report = _stored_report(directory)
   differing = [
-    f"{key} {_plain(report.settings.get(key))} (now {_plain(value)})"
-    for key, value in settings.items()
-    if report.settings.get(key) != value
+    f"{key} {_plain(old)} (now {_plain(new)})"
+    for key in report.settings | settings
+    for old, new in [[d.get(key, "none") for d in (report.settings, settings)]]
+    if old != new
   ]
   if differing:
     raise FileExistsError(
@@ -479,7 +527,9 @@ def _collect(
       part = split_of(path)
       case = read_case(path)
       case, differing = _fill(case, rows.get(case_key(path.name), {}), path)
-      return part, convert(case), case.image.shape, case[2:], differing
+      seen = _crop(case, settings.get("crop", ()))
+      cut = np.count_nonzero(seen.mask) < np.count_nonzero(case.mask)
+      return part, convert(seen), case.image.shape, case[2:], differing, cut
     except ValueError as error:
       return str(error).removeprefix(f"{path.name}: ")
 
@@ -489,7 +539,7 @@ def _collect(
     part: collections.defaultdict(collections.Counter) for part in parts
   }
   dialects, sizes = collections.Counter(), collections.Counter()
-  conflicts, set_aside = collections.Counter(), []
+  conflicts, set_aside, cut = collections.Counter(), [], []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     results = tqdm.tqdm(
       pool.map(read, paths),
@@ -501,11 +551,13 @@ def _collect(
       if isinstance(result, str):
         set_aside.append((path.name, result))
         continue
-      part, record, shape, (codes, dialect), differing = result
+      part, record, shape, (codes, dialect), differing, is_cut = result
       records[part].append(record and record | {"name": path.stem})
       dialects[dialect] += 1
       sizes[_plain(shape)] += 1
       conflicts.update(differing)
+      if is_cut:
+        cut.append(path.name)
       for attribute in attributes.ATTRIBUTES:
         groups[part][attribute][codes[attribute]] += 1
 
@@ -518,6 +570,11 @@ def _collect(
     f"{attribute}: {SUMMARY} differs from the npz in {n} cases; npz kept."
     for attribute, n in conflicts.items()
   ]
+  if cut:
+    notes.append(
+      f"The crop cuts the disc of {len(cut)} cases, which are kept: "
+      f"{', '.join(cut[:SHOWN])}{', ...' * (len(cut) > SHOWN)}."
+    )
   counts = {
     part: {
       attribute: {
@@ -532,6 +589,26 @@ def _collect(
     settings, dict(dialects), dict(sizes), counts, set_aside, notes
   )
   return records, report
+
+
+def _crop(case: Case, crop: Sequence[int]) -> Case:
+  """The centre [H, W] of a case; all of it for a crop ()."""
+  if not crop:
+    return case
+  shape = case.image.shape
+  if any(new > old for new, old in zip(crop, shape, strict=True)):
+    raise ValueError(
+      f"the image ({_plain(shape)}) is smaller than the crop {_plain(crop)}; "
+      "choose a smaller crop."
+    )
+  starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
+  centre = tuple(slice(i, i + n) for i, n in zip(starts, crop, strict=True))
+  if not (case.mask[centre] == 2).any():
+    raise ValueError(
+      f"the crop {_plain(crop)} of {_plain(shape)} shows no cup; choose a "
+      "larger crop."
+    )
+  return case._replace(image=case.image[centre], mask=case.mask[centre])
 
 
 def _to_record(

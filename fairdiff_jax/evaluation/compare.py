@@ -14,6 +14,7 @@ not that of the seeds.
 
 import csv
 import itertools
+import json
 import math
 import re
 import textwrap
@@ -122,6 +123,34 @@ def read_cases(run: str | Path) -> dict[str, np.ndarray]:
   return columns
 
 
+def read_definitions(runs: Iterable[str | Path]) -> metrics.Definitions:
+  """What the reports of all these runs were measured by.
+
+  Raises:
+    FileNotFoundError: A run has no `report/summary.json`.
+    ValueError: A summary does not say, or two runs differ.
+  """
+  found: dict[Path, metrics.Definitions] = {}
+  for run in map(Path, runs):
+    path = run / "report" / "summary.json"
+    remedy = f"make it with: python launch/evaluate.py --workdir {run}"
+    if not path.exists():
+      raise FileNotFoundError(f"{path} does not exist; {remedy}")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if "definitions" not in stored:
+      raise ValueError(f"{path} does not say its definitions; {remedy}")
+    found[run] = metrics.Definitions(**stored["definitions"])
+  (first, expected), *others = found.items()
+  for run, definitions in others:
+    if definitions != expected:
+      raise ValueError(
+        f"{first} and {run} were evaluated by different definitions:"
+        f" {expected} and {definitions}; evaluate one of them again"
+        " (launch/evaluate.py)"
+      )
+  return expected
+
+
 def _check_paired(tables: Mapping[Path, segmentation.Columns]) -> None:
   (first, expected), *others = (
     (run, [f"{n} ({g})" for n, g in zip(c["name"], c["group"], strict=True)])
@@ -153,6 +182,7 @@ def _measure(
   group: np.ndarray,
   names: Sequence[str],
   lower_is_better: bool,
+  definition: str,
 ) -> dict[tuple[str, str], dict[str, float]]:
   """Every figure of one measure of one method.
 
@@ -162,12 +192,13 @@ def _measure(
     group: `[n]` index into `names`, -1 unknown.
     names: Names of the groups.
     lower_is_better: True for distances and errors.
+    definition: Of equity scaling.
 
   Returns:
     (figure, group) -> `VALUES` but the share.
   """
   arguments = (group, names)
-  options = {"lower_is_better": lower_is_better}
+  options = {"lower_is_better": lower_is_better, "definition": definition}
   seeds = [
     _figures(metrics.summarize(v, *arguments, **options), "mean")
     for v in values
@@ -210,7 +241,9 @@ def _measure(
 
 
 def _rows(
-  cases: Mapping[str, Sequence[segmentation.Columns]], reference: str
+  cases: Mapping[str, Sequence[segmentation.Columns]],
+  reference: str,
+  definition: str,
 ) -> Rows:
   """Every figure of every measure of every method."""
   columns = cases[reference][0]
@@ -230,6 +263,7 @@ def _rows(
         group,
         names,
         measure in segmentation.LOWER_IS_BETTER,
+        definition,
       )
       for key, row in figures.items():
         rows[(method, cls, measure, *key)] = row
@@ -340,7 +374,11 @@ def _warning(groups: Mapping[str, int]) -> str:
 
 
 def _notes(
-  groups: Mapping[str, int], n: int, reference: str, ceiling: str | None
+  groups: Mapping[str, int],
+  n: int,
+  reference: str,
+  ceiling: str | None,
+  definitions: metrics.Definitions,
 ) -> list[str]:
   """What a reader must know of the tables."""
   sizes = ", ".join(f"{name} {count}" for name, count in groups.items())
@@ -366,7 +404,8 @@ def _notes(
       f" times 100; – where {ceiling} is not above {reference}."
     )
   terms = ("Dice, IoU", "ES-Dice", "Gap", "Groups", "Disc")
-  return notes + [f"{term}: {report.GLOSSARY[term]}" for term in terms]
+  glossary = report.glossary(definitions)
+  return notes + [f"{term}: {glossary[term]}" for term in terms]
 
 
 def _markdown(warning: str, notes: Sequence[str], tables: Mapping) -> str:
@@ -462,7 +501,7 @@ def compare_runs(
 
   Args:
     methods: Name -> its runs' directories, one a seed. All runs must have been
-      evaluated on the same test cases.
+      evaluated on the same test cases, by the same definitions.
     out: Made if absent; must be empty.
     reference: The method that the others are tested against; None for the
       first.
@@ -476,9 +515,10 @@ def compare_runs(
 
   Raises:
     FileExistsError: `out` holds files.
-    FileNotFoundError: A run has no table of cases.
+    FileNotFoundError: A run has no table of cases or no summary.
     ValueError: No method, a method without run, an unknown reference or
-      ceiling, or runs that were not tested on the same cases.
+      ceiling, or runs that were not tested on the same cases or by the same
+      definitions.
   """
   out = Path(out)
   if out.exists() and any(out.iterdir()):
@@ -499,8 +539,11 @@ def compare_runs(
     for name, runs in methods.items()
   }
   _check_paired({r: c for runs in cases.values() for r, c in runs.items()})
+  definitions = read_definitions(itertools.chain(*methods.values()))
   rows = _rows(
-    {name: list(runs.values()) for name, runs in cases.items()}, reference
+    {name: list(runs.values()) for name, runs in cases.items()},
+    reference,
+    definitions.equity,
   )
   if ceiling:
     _add_shares(rows, methods, (reference, ceiling))
@@ -509,7 +552,8 @@ def compare_runs(
   columns = next(iter(cases[reference].values()))
   groups = segmentation.groups(columns)
   warning = _warning(groups)
-  notes = _notes(groups, len(columns["group"]), reference, ceiling)
+  n = len(columns["group"])
+  notes = _notes(groups, n, reference, ceiling, definitions)
   tables = {}
   for cls in segmentation.CLASSES:
     tables |= _tables(rows, cls, groups, reference, ceiling)

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.fairseg import Cases, load
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import report, segmentation
-from fairdiff_jax.fairness.metrics import CUP, RIM, dice
+from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
 from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.loop import Setup, case_groups, setup
@@ -79,6 +80,7 @@ def agreement(
   test: Cases,
   test_group: np.ndarray,
   names: tuple[str, ...],
+  empty: str,
 ) -> dict[str, dict[str, dict[str, float]]]:
   """A segmenter's Dice on synthetic cases beside its Dice on real ones.
 
@@ -97,7 +99,7 @@ def agreement(
       means = {}
       for side, (label, prediction, group) in sides.items():
         member = group == g
-        scores = dice(label[member], prediction[member], code)
+        scores = dice(label[member], prediction[member], code, empty)
         scores = scores[np.isfinite(scores)]
         means[side] = float(scores.mean()) if len(scores) else float("nan")
       result[name][cls] = means
@@ -114,18 +116,41 @@ def agreement(
   return result
 
 
-def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
+def definitions_of(evaluation: ConfigDict) -> Definitions:
+  """The definitions that a run's `config.evaluation` names.
+
+  Raises:
+    ValueError: it names an unknown one.
+  """
+  try:
+    return Definitions(evaluation.empty, evaluation.equity)
+  except ValueError as error:
+    raise ValueError(f"evaluation.{error}") from error
+
+
+def evaluate(
+  workdir: str | Path,
+  directory: str | Path | None = None,
+  evaluation: ConfigDict | None = None,
+) -> dict:
   """Evaluates a run, with its baseline if it has one, and writes the report.
 
   Args:
     workdir: the run's directory.
     directory: where the report goes; None for `<workdir>/report`.
+    evaluation: as `config.evaluation`; None for the run's own.
 
   Returns:
     What `summary.json` holds; on hosts other than the first, {}.
+
+  Raises:
+    FileNotFoundError: no such run, or it has no checkpoint.
+    ValueError: unknown definitions.
   """
   workdir = Path(workdir)
   config = configs.load(workdir)
+  evaluation = evaluation or config.evaluation
+  definitions = definitions_of(evaluation)
   run = setup(config)
   step, inference = restore_inference(workdir, run.objective, run.abstract)
   names = run.objective.group_names
@@ -135,7 +160,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     case_groups(config, test),
     case_groups(config, train),
   )
-  size = config.evaluation.batch_size
+  size = evaluation.batch_size
   generates = {"points", "image"} <= run.objective.tasks.keys()
   subject = "FairDiff, joint" if generates else "Segmenter"
   predictors = {subject: make_predictor(run, inference, size)}
@@ -150,7 +175,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
   }
   synthetic, agreements = None, None
   if generates:
-    per_group = config.evaluation.synthetic_per_group
+    per_group = evaluation.synthetic_per_group
     generated, group = synthesize(run, inference, per_group)
     synthetic = {
       "image": generated.image,
@@ -158,7 +183,9 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
       "group": np.asarray(names)[group],
     }
     agreements = {
-      name: agreement(predict, generated, group, test, test_group, names)
+      name: agreement(
+        predict, generated, group, test, test_group, names, definitions.empty
+      )
       for name, predict in predictors.items()
     }
   if jax.process_index() != 0:
@@ -177,7 +204,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
     title=f"Fair segmentation of {workdir.name}",
     models={
       name: segmentation.per_case(
-        test.mask, prediction, test.name, test_group, names
+        test.mask, prediction, test.name, test_group, names, definitions.empty
       )
       for name, prediction in predictions.items()
     },
@@ -194,6 +221,7 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
       "data": config.data.source,
       "attribute": config.data.attribute,
       "pooled groups": ", ".join(config.data.pooled) or "none",
+      "crop": "x".join(map(str, config.data.crop)) or "none",
       "image size": "x".join(map(str, config.data.size)),
       "training cases": len(train.name),
       "test cases": len(test.name),
@@ -201,6 +229,9 @@ def evaluate(workdir: str | Path, directory: str | Path | None = None) -> dict:
       "fairness method": config.fairness.method,
       "data strategy": config.fairness.strategy,
       "seed": config.seed,
+      "absent structures": definitions.empty,
+      "equity scaling": definitions.equity,
       "config sha256": configs.config_hash(config),
     },
+    definitions=definitions,
   )

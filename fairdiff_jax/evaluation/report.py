@@ -7,6 +7,7 @@ PNG under contours drawn as SVG paths. A part without data is left out.
 """
 
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fairdiff_jax.evaluation import segmentation
+from fairdiff_jax.fairness.metrics import DEFAULT, Definitions
 from fairdiff_jax.fairness.uncertainty import MIN_CASES
 
 NOISE = 0.5  # points of difference that are not worth a claim
@@ -93,17 +95,34 @@ th,td{padding:.35rem .4rem;white-space:normal}th:first-child{min-width:5rem}
 td small{font-size:.75rem}
 dl{display:block}dd{margin-bottom:.6rem}}
 """
+# What a case counts that lacks a structure: of Dice and IoU, of HD95.
+EMPTY = {
+  "exclude": (
+    "A case where label and prediction both lack the structure is left out; one"
+    " where only the label lacks it, or only the prediction, counts 0.",
+    "Left out where label or prediction lacks the structure.",
+  ),
+  "published": (
+    "As in the public code, a case where only the label lacks the structure"
+    " counts 1, and one where both lack it, or only the prediction, 0.",
+    "As in the public code, 0 where label or prediction lacks the structure.",
+  ),
+}
+# Spread s of the group means.
+EQUITY = {
+  "fairdiff_std": "the standard deviation (divisor: groups less one) of the"
+  " group means, both in [0, 1]; the definition of FairDiff's tables",
+  "fairseg_sum": "the sum over the groups of the distance between their mean"
+  " and the overall one, both in [0, 1]; FairSeg's definition",
+  "population_std": "the standard deviation (divisor: groups) of the group"
+  " means, both in [0, 1]; FairMedFM's definition",
+}
 GLOSSARY = {
-  "Dice, IoU": "Overlap of predicted and labelled pixels of a case, times 100."
-  " A case where label and prediction both lack the structure is left out; one"
-  " where only the label lacks it, or only the prediction, counts 0.",
-  "ES-Dice": "Equity-scaled Dice: overall / (1 + s), where s is the standard"
-  " deviation (divisor: groups less one) of the group means, both in [0, 1];"
-  " the definition of FairDiff's tables. More is better.",
+  "Dice, IoU": "Overlap of predicted and labelled pixels of a case, times 100.",
+  "ES-Dice": "Equity-scaled Dice: overall / (1 + s), where s is",
   "Gap": "Mean Dice of the best group less that of the worst, in points.",
   "HD95": "95th percentile of the distances between the two outlines, both"
-  " directions pooled, in pixels of the prepared masks. Less is better. Left"
-  " out where label or prediction lacks the structure.",
+  " directions pooled, in pixels of the prepared masks. Less is better.",
   "Cup-to-disc error": "Absolute error of the area ratio of cup to disc. Left"
   " out where label or prediction has no disc.",
   "Disc": "Rim and cup together.",
@@ -118,6 +137,22 @@ GLOSSARY = {
   "Groups": "Means over the cases of a group. Cases of unknown group count in"
   " the overall mean only.",
 }
+
+
+def glossary(definitions: Definitions) -> dict[str, str]:
+  """What the report's words mean, by the definitions that it follows."""
+  overlap, distance = EMPTY[definitions.empty]
+  more = {
+    "Dice, IoU": overlap,
+    "ES-Dice": f"{EQUITY[definitions.equity]}. More is better.",
+    "HD95": distance,
+  }
+  return {
+    k: f"{text} {more[k]}" if k in more else text
+    for k, text in GLOSSARY.items()
+  }
+
+
 HEADLINE = {
   "overall": "All cases",
   "es": "ES-Dice",
@@ -627,6 +662,7 @@ def write(
   counts: Mapping[str, Mapping[str, int]] | None = None,
   log: str | os.PathLike | None = None,
   facts: Mapping[str, object] | None = None,
+  definitions: Definitions = DEFAULT,
 ) -> dict:
   """Writes `index.html`, `summary.json` and tables of cases to `directory`.
 
@@ -647,6 +683,7 @@ def write(
     counts: Group -> source ("real", "synthetic") -> number of training cases.
     log: Path of a `metrics.jsonl`.
     facts: What else there is to say of the run, name -> value.
+    definitions: What the columns were measured by, and how to scale by equity.
 
   Returns:
     What `summary.json` holds.
@@ -657,11 +694,14 @@ def write(
   _check(models, cases)
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  summaries = {name: segmentation.summary(c) for name, c in models.items()}
+  equity = definitions.equity
+  summaries = {
+    name: segmentation.summary(c, equity) for name, c in models.items()
+  }
   columns = next(iter(models.values()))
   differences = {}
   if len(models) > 1:
-    differences = segmentation.difference(*list(models.values())[:2])
+    differences = segmentation.difference(*list(models.values())[:2], equity)
   verdict = _verdict(summaries, differences)
   tables = {}
   for i, (name, table) in enumerate(models.items(), 1):
@@ -678,6 +718,7 @@ def write(
       "agreement": agreement or {},
       "training_cases": counts or {},
       "facts": facts or {},
+      "definitions": dataclasses.asdict(definitions),
       "tables": tables,
     }
   )
@@ -692,7 +733,7 @@ def write(
     f"{_tested(summaries, differences, columns, cases)}"
     f"{_trained(columns, cases, synthetic, agreement, counts, log)}"
     f"{section('The run', _definitions(facts)) if facts else ''}"
-    f"{section('Definitions', _definitions(GLOSSARY))}"
+    f"{section('Definitions', _definitions(glossary(definitions)))}"
     "</main></body></html>\n"
   )
   (directory / "index.html").write_text(page, encoding="utf-8")

@@ -28,6 +28,7 @@ def per_case(
   names: Sequence[str],
   group: np.ndarray,
   group_names: Sequence[str],
+  empty: str = "exclude",
 ) -> dict[str, np.ndarray]:
   """Measures every case.
 
@@ -37,6 +38,7 @@ def per_case(
     names: Names of the cases, `n` of them.
     group: `[n]` index into `group_names`, -1 unknown.
     group_names: Names of the groups.
+    empty: What an absent class counts, as for `metrics.dice`.
 
   Returns:
     Columns `[n]`: `name`, `group` (the group's name or `UNKNOWN`),
@@ -59,7 +61,7 @@ def per_case(
   }
   for cls, values in CLASSES.items():
     for measure, function in MEASURES.items():
-      columns[f"{cls}_{measure}"] = function(labels, predictions, values)
+      columns[f"{cls}_{measure}"] = function(labels, predictions, values, empty)
   columns["cup_to_disc_error"] = metrics.cup_to_disc_error(labels, predictions)
   return columns
 
@@ -114,11 +116,14 @@ def _indices(columns: Columns) -> tuple[np.ndarray, list[str]]:
   return group, names
 
 
-def summary(columns: Columns) -> dict[str, dict[str, dict]]:
+def summary(
+  columns: Columns, definition: str = "fairdiff_std"
+) -> dict[str, dict[str, dict]]:
   """Figures of a segmenter by class, then measure.
 
   Args:
     columns: Columns as `per_case` returns them.
+    definition: Of equity scaling, as for `metrics.equity_scaled`.
 
   Returns:
     `{"cup": {"dice": figures, "iou": figures, "hd95": figures}, "rim": ...,
@@ -132,21 +137,27 @@ def summary(columns: Columns) -> dict[str, dict[str, dict]]:
   result: dict[str, dict[str, dict]] = {}
   for cls, measure in [*keys, ("cup_to_disc", "error")]:
     arguments = (columns[f"{cls}_{measure}"], group, names)
-    worse = measure in LOWER_IS_BETTER
-    figures = metrics.summarize(*arguments, lower_is_better=worse)
-    interval = uncertainty.intervals(*arguments, lower_is_better=worse)
+    options = {
+      "lower_is_better": measure in LOWER_IS_BETTER,
+      "definition": definition,
+    }
+    figures = metrics.summarize(*arguments, **options)
+    interval = uncertainty.intervals(*arguments, **options)
     result.setdefault(cls, {})[measure] = json_ready(
       {**figures, "interval": interval}
     )
   return result
 
 
-def difference(columns: Columns, baseline: Columns) -> dict[str, dict]:
+def difference(
+  columns: Columns, baseline: Columns, definition: str = "fairdiff_std"
+) -> dict[str, dict]:
   """What sets a segmenter's Dice apart from a baseline's on the same cases.
 
   Args:
     columns: Columns as `per_case` returns them.
     baseline: Those of the baseline, the same cases in the same order.
+    definition: Of equity scaling, as for `metrics.equity_scaled`.
 
   Returns:
     `{"cup": {"dice": differences}, "rim": ..., "disc": ...}` where
@@ -158,7 +169,7 @@ def difference(columns: Columns, baseline: Columns) -> dict[str, dict]:
   result = {}
   for cls in CLASSES:
     values = [c[f"{cls}_dice"] for c in (baseline, columns)]
-    paired = uncertainty.compare(*values, group, names)
+    paired = uncertainty.compare(*values, group, names, definition=definition)
     old, new = (
       figures["groups"].get(figures["worst"], {"mean": math.nan})["mean"]
       for figures in (metrics.summarize(v, group, names) for v in values)

@@ -8,6 +8,7 @@ NaN where it is undefined; means leave NaN out. Plain numpy on the host.
     ES   = overall / (1 + spread of the group means)
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,40 @@ RIM = 1
 CUP = 2
 DISC = (1, 2)
 
+EMPTY = ("exclude", "published")
+EQUITY = ("fairdiff_std", "fairseg_sum", "population_std")
+
 Class = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Definitions:
+  """Which of the definitions in print a set of figures follows.
+
+  Attributes:
+    empty: what an absent class counts, as for `dice`, `iou` and `hd95`.
+    equity: of equity scaling, as for `equity_scaled`.
+
+  Raises:
+    ValueError: Unknown definition.
+  """
+
+  empty: str = "exclude"
+  equity: str = "fairdiff_std"
+
+  def __post_init__(self):
+    _check_name("empty", self.empty, EMPTY)
+    _check_name("equity", self.equity, EQUITY)
+
+
+def _check_name(what: str, name: str, names: Sequence[str]) -> None:
+  if name not in names:
+    raise ValueError(
+      f"{what} must be one of {', '.join(map(repr, names))}, got {name!r}"
+    )
+
+
+DEFAULT = Definitions()
 
 
 def _region(mask: np.ndarray, cls: Class) -> np.ndarray:
@@ -60,11 +94,10 @@ def _overlap(label, prediction, cls: Class) -> np.ndarray:
 
 def _with_empty(values, size_label, size_prediction, empty: str) -> np.ndarray:
   """`values` `[n]` with what the policy says where the label is empty."""
+  _check_name("empty", empty, EMPTY)
   if empty == "exclude":
     return values
-  if empty == "published":
-    return np.where(size_label > 0, values, np.sign(size_prediction))
-  raise ValueError(f"empty must be 'exclude' or 'published', got {empty!r}")
+  return np.where(size_label > 0, values, np.sign(size_prediction))
 
 
 def dice(
@@ -134,7 +167,12 @@ def _surface_distances(
   )
 
 
-def hd95(label: np.ndarray, prediction: np.ndarray, cls: Class) -> np.ndarray:
+def hd95(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  cls: Class,
+  empty: str = "exclude",
+) -> np.ndarray:
   """95th percentile of the symmetric surface distance, as MedPy defines it.
 
   The surface is what an erosion with the 4-neighbourhood takes away; the
@@ -144,17 +182,22 @@ def hd95(label: np.ndarray, prediction: np.ndarray, cls: Class) -> np.ndarray:
     label: Masks `[n, H, W]`.
     prediction: Masks `[n, H, W]`.
     cls: Value or values that make up the class.
+    empty: What a case counts whose label or prediction lacks the class.
+      "exclude": NaN. "published": 0, as if it were perfect, which is what the
+      public FairSeg and FairDiff code does.
 
   Returns:
-    `[n]` float64 in pixels, NaN where label or prediction lacks the class.
+    `[n]` float64 in pixels.
 
   Raises:
-    ValueError: Shapes differ or are not `[n, H, W]`.
+    ValueError: Shapes differ or are not `[n, H, W]`, or unknown `empty`.
   """
+  _check_name("empty", empty, EMPTY)
+  absent = np.nan if empty == "exclude" else 0.0
   values = [
     np.percentile(np.concatenate(_surface_distances(a, b)), 95)
     if a.any() and b.any()
-    else np.nan
+    else absent
     for a, b in _cases(label, prediction, cls)
   ]
   return np.array(values, np.float64)
@@ -231,6 +274,18 @@ def _height(region: np.ndarray) -> int:
   return cv2.boundingRect(region.view(np.uint8))[3]
 
 
+def spread(
+  means: np.ndarray, overall: np.ndarray | float, definition: str
+) -> np.ndarray:
+  """Spread of group means `[G, ...]` as in `equity_scaled`: `[...]`."""
+  _check_name("definition", definition, EQUITY)
+  if definition == "fairseg_sum":
+    return np.abs(means - overall).sum(0)
+  if len(means) < 2:
+    return np.zeros_like(overall)
+  return means.std(0, ddof=int(definition == "fairdiff_std"))
+
+
 def equity_scaled(
   group_means: Sequence[float] | np.ndarray,
   overall: float,
@@ -255,17 +310,7 @@ def equity_scaled(
   """
   means = np.asarray(group_means, np.float64)
   means = means[~np.isnan(means)]
-  if definition == "fairseg_sum":
-    spread = np.abs(means - overall).sum()
-  elif definition in ("fairdiff_std", "population_std"):
-    ddof = int(definition == "fairdiff_std")
-    spread = means.std(ddof=ddof) if len(means) > 1 else 0.0
-  else:
-    raise ValueError(
-      "definition must be 'fairseg_sum', 'fairdiff_std' or 'population_std', "
-      f"got {definition!r}"
-    )
-  return float(overall / (1 + spread))
+  return float(overall / (1 + spread(means, overall, definition)))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -57,7 +57,11 @@ def _resampled_means(
 
 
 def _bootstrap(
-  values: np.ndarray, group: np.ndarray, num_resamples: int, seed: int
+  values: np.ndarray,
+  group: np.ndarray,
+  num_resamples: int,
+  seed: int,
+  definition: str,
 ) -> dict[str | int, np.ndarray]:
   """Resampled figures of `k` measures of the same cases.
 
@@ -66,6 +70,7 @@ def _bootstrap(
     group: `[n]`, -1 unknown.
     num_resamples: Number of resamples.
     seed: Seed of the draws.
+    definition: Of equity scaling.
 
   Returns:
     `[num_resamples, k]` of "overall", "gap", "es" (both corrected) and, by its
@@ -83,18 +88,20 @@ def _bootstrap(
   for g in alone:
     means[g] = np.full_like(overall, np.nan)
   known = [g for g in strata if g >= 0]
-  if len(known) < 2:
-    gap, spread = np.full_like(overall, np.nan), 0.0
-  else:
-    of_groups = np.stack([means[g] for g in known])
+  of_groups = np.reshape([means[g] for g in known], (-1, *overall.shape))
+  gap = np.full_like(overall, np.nan)
+  if len(known) > 1:
     noise = np.mean(
       [np.var(strata[g], 0) / max(1, len(strata[g]) - 1) for g in known], 0
     )
     plain = of_groups.std(0, ddof=1)
-    spread = np.sqrt(np.maximum(plain**2 - 2 * noise, 0))
-    shrink = np.divide(spread, plain, out=plain.copy(), where=plain != 0)
-    gap = shrink * np.ptp(of_groups, axis=0)
-  return means | {"overall": overall, "gap": gap, "es": overall / (1 + spread)}
+    wanted = np.sqrt(np.maximum(plain**2 - 2 * noise, 0))
+    shrink = np.divide(wanted, plain, out=plain.copy(), where=plain != 0)
+    center = of_groups.mean(0)
+    of_groups = center + shrink * (of_groups - center)
+    gap = np.ptp(of_groups, axis=0)
+  es = overall / (1 + metrics.spread(of_groups, overall, definition))
+  return means | {"overall": overall, "gap": gap, "es": es}
 
 
 def _interval(
@@ -141,6 +148,7 @@ def intervals(
   num_resamples: int = 2000,
   seed: int = 0,
   lower_is_better: bool = False,
+  definition: str = "fairdiff_std",
 ) -> dict:
   """Bootstrap intervals of the figures of `metrics.summarize`.
 
@@ -153,13 +161,14 @@ def intervals(
     num_resamples: Number of resamples.
     seed: Seed of the draws.
     lower_is_better: True for distances and errors, which have no ES.
+    definition: Of equity scaling, as for `metrics.equity_scaled`.
 
   Returns:
-    `overall`, `gap` and, where more is better, `es` (definition
-    "fairdiff_std"), each (low, high); `groups` {name: (low, high)}; `level`;
-    `few`, names of the groups with fewer than `MIN_CASES` cases. (NaN, NaN)
-    for a mean of no or one case, for the gap of fewer than two groups, and for
-    gap and ES where a group has one case.
+    `overall`, `gap` and, where more is better, `es`, each (low, high);
+    `groups` {name: (low, high)}; `level`; `few`, names of the groups with
+    fewer than `MIN_CASES` cases. (NaN, NaN) for a mean of no or one case, for
+    the gap of fewer than two groups, and for gap and ES where a group has one
+    case.
 
   Raises:
     ValueError: As `metrics.summarize`, or a level outside (0, 1), or no
@@ -167,14 +176,18 @@ def intervals(
   """
   _check(level, num_resamples)
   summary = metrics.summarize(
-    values, group, names, lower_is_better=lower_is_better
+    values,
+    group,
+    names,
+    lower_is_better=lower_is_better,
+    definition=definition,
   )
   values, group = np.asarray(values, np.float64), np.asarray(group)
   known = ~np.isnan(values)
   resampled = {}
   if known.any():
     resampled = _bootstrap(
-      values[known, None], group[known], num_resamples, seed
+      values[known, None], group[known], num_resamples, seed, definition
     )
 
   def interval(key, n=None):
@@ -205,6 +218,7 @@ def compare(
   num_resamples: int = 2000,
   seed: int = 0,
   lower_is_better: bool = False,
+  definition: str = "fairdiff_std",
 ) -> dict:
   """Tests whether run b differs from run a on the same cases.
 
@@ -222,6 +236,7 @@ def compare(
     num_resamples: Number of resamples; no p is below 2 / (num_resamples + 1).
     seed: Seed of the draws.
     lower_is_better: True for distances and errors, which have no ES.
+    definition: Of equity scaling, as for `metrics.equity_scaled`.
 
   Returns:
     `overall`, `gap` and, where more is better, `es`: {`difference` (b - a, of
@@ -246,13 +261,14 @@ def compare(
       group,
       names,
       lower_is_better=lower_is_better,
+      definition=definition,
     )
     for v in values
   )
   pairs, group = np.stack(values, 1)[~missing], group[~missing]
   resampled = {}
   if len(pairs):
-    resampled = _bootstrap(pairs, group, num_resamples, seed)
+    resampled = _bootstrap(pairs, group, num_resamples, seed, definition)
 
   def row(key, difference, p_name):
     low, high, p = *UNDEFINED, float("nan")

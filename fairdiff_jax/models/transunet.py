@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairdiff_jax.models.attention import attend
 from fairdiff_jax.models.batch_norm import BatchNorm
 
 PATCH = 16  # pixels of the image per position of the transformer
@@ -150,10 +151,10 @@ class TransformerBlock(nn.Module):
     heads = (self.num_heads, channels // self.num_heads)
     y = _layer_norm(self.dtype, "norm1")(x)
     query, key, value = (
-      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(y)
+      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(y).swapaxes(1, 2)
       for name in ("query", "key", "value")
     )
-    y = jax.nn.dot_product_attention(query, key, value)
+    y = attend(query, key, value).swapaxes(1, 2)
     x += nn.DenseGeneral(channels, (-2, -1), dtype=self.dtype, name="out")(y)
 
     dropout = nn.Dropout(self.dropout_rate, deterministic=not train)

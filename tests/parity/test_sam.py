@@ -1,15 +1,12 @@
 """SAM's networks and checkpoints against the reference, in PyTorch."""
 
-import functools
-import sys
-import types
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 import safetensors.numpy
+from peers import tensors, to_torch
 
 from fairdiff_jax.models import sam
 from fairdiff_jax.pretrained import segment_anything
@@ -21,70 +18,18 @@ DIM, MLP_DIM = 32, 40
 ODD, EVEN = 7 * sam.PATCH, 8 * sam.PATCH  # 4 does not divide 7 positions.
 
 
-@functools.cache
-def reference_package():
-  """`segment_anything.modeling`, whose networks do without torchvision."""
-  pytest.importorskip("torch")
-  stubs = {
-    name: types.ModuleType(name)
-    for name in (
-      "torchvision",
-      "torchvision.ops",
-      "torchvision.ops.boxes",
-      "torchvision.transforms",
-      "torchvision.transforms.functional",
-    )
-  }
-  boxes = stubs["torchvision.ops.boxes"]
-  boxes.batched_nms = boxes.box_area = None
-  functional = stubs["torchvision.transforms.functional"]
-  functional.resize = functional.to_pil_image = None
-  with mock.patch.dict(sys.modules, stubs):
-    pytest.importorskip("segment_anything")
-    from segment_anything import modeling
-  return modeling
-
-
-def reference_sam(image_size=ODD, num_masks=3, seed=0):
+def reference_sam(image_size=ODD, num_masks=3):
   """A small SAM of the reference with random weights."""
-  modeling = reference_package()
-  import torch
-
-  torch.manual_seed(seed)
-  grid = image_size // sam.PATCH
-  model = modeling.Sam(
-    modeling.ImageEncoderViT(
-      img_size=image_size,
-      out_chans=DIM,
-      norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
-      use_rel_pos=True,
-      window_size=WINDOW,
-      global_attn_indexes=GLOBAL,
-      **ENCODER,
-    ),
-    modeling.PromptEncoder(DIM, (grid, grid), (image_size, image_size), 16),
-    modeling.MaskDecoder(
-      transformer_dim=DIM,
-      transformer=modeling.TwoWayTransformer(2, DIM, 8, MLP_DIM),
-      num_multimask_outputs=num_masks - 1,
-      iou_head_hidden_dim=DIM,
-    ),
+  pytest.importorskip("torch")
+  return peers.sam(
+    image_size,
+    global_blocks=GLOBAL,
+    window=WINDOW,
+    decoder_dim=DIM,
+    decoder_mlp_dim=MLP_DIM,
+    num_masks=num_masks,
+    **ENCODER,
   )
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter.add_(0.2 * torch.randn_like(parameter))
-  return model
-
-
-def tensors(model):
-  """A model's tensors by name, in NumPy."""
-  return {name: t.numpy() for name, t in model.state_dict().items()}
-
-
-def to_torch(array):
-  import torch
-
-  return torch.from_numpy(np.array(array))
 
 
 def relative_error(found, expected):

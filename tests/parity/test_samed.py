@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from peers import samed_logits, tensors, to_torch
 from test_sam import (
   ENCODER,
   ODD,
   reference_sam,
   relative_error,
-  tensors,
-  to_torch,
   uniform,
   write,
 )
@@ -70,30 +69,9 @@ def original(tmp_path_factory):
 
 
 def _reference_logits(model, image, factors=None):
-  """Logits [B, h, w, masks], of `factors` w_a_000, w_b_000 and so on."""
-  import torch
-
-  handles = []
-  for i, block in enumerate(model.image_encoder.blocks if factors else ()):
-
-    def add(_, inputs, output, i=i):
-      q, v = (
-        inputs[0] @ factors[f"w_a_{j:03d}"].T @ factors[f"w_b_{j:03d}"].T
-        for j in (2 * i, 2 * i + 1)
-      )
-      return output + torch.cat([q, torch.zeros_like(q), v], dim=-1)
-
-    handles.append(block.attn.qkv.register_forward_hook(add))
-  sparse, dense = model.prompt_encoder(None, None, None)
-  logits, _ = model.mask_decoder.predict_masks(
-    model.image_encoder(to_torch(image.transpose(0, 3, 1, 2))),
-    model.prompt_encoder.get_dense_pe(),
-    sparse,
-    dense,
-  )
-  for handle in handles:
-    handle.remove()
-  return logits.permute(0, 2, 3, 1)
+  """Logits [B, h, w, masks] of images [B, H, W, 3]."""
+  tensor = to_torch(image.transpose(0, 3, 1, 2))
+  return samed_logits(model, tensor, factors).permute(0, 2, 3, 1)
 
 
 def test_sizes_are_those_of_the_original():

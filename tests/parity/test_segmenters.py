@@ -9,7 +9,9 @@ import pytest
 import safetensors.numpy
 
 from configs import fairseg, phantom
+from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.experiment import run as run_experiment
+from fairdiff_jax.fairness import metrics
 from fairdiff_jax.objectives.segmentation import make_network
 from fairdiff_jax.pretrained import segment_anything
 from fairdiff_jax.training.loop import setup
@@ -28,7 +30,8 @@ SMALL_SAMED = dict(
   decoder_mlp_dim=32,
 )
 SMALL_TRANSUNET = dict(
-  stages=(),
+  stages=(1, 1, 1),
+  width=32,
   hidden_dim=16,
   mlp_dim=32,
   num_heads=2,
@@ -86,6 +89,32 @@ def test_recipe_trains_resumes_and_evaluates(network, tmp_path):
   assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
   report = json.loads((workdir / "report" / "summary.json").read_text())
   assert report["n"] == 6
+
+  assert report["definitions"] == {
+    "empty": "exclude",
+    "equity": "fairdiff_std",
+  }
+
+  config.evaluation.empty = "published"
+  config.evaluation.equity = "fairseg_sum"
+  published = evaluate(workdir, tmp_path / "published", config.evaluation)
+  assert published["definitions"] == {
+    "empty": "published",
+    "equity": "fairseg_sum",
+  }
+  (before,), (after,) = (
+    [model["disc"]["dice"] for model in found["models"].values()]
+    for found in (report, published)
+  )
+  assert after["groups"] == before["groups"]
+  means = [group["mean"] for group in after["groups"].values()]
+  for figures, definition in (
+    (before, "fairdiff_std"),
+    (after, "fairseg_sum"),
+  ):
+    assert figures["es"] == pytest.approx(
+      metrics.equity_scaled(means, figures["overall"], definition)
+    )
 
   shutil.rmtree(workdir / "checkpoints" / "20")
   shutil.rmtree(workdir / "report")

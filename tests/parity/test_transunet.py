@@ -6,8 +6,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 from jax.sharding import NamedSharding
+from peers import EMBEDDINGS, LAYERS, RESNET
 
 from fairdiff_jax.models import transunet
 from fairdiff_jax.models.transunet import TransUNet, upsample
@@ -26,199 +28,12 @@ SMALL = TransUNet(
   num_layers=2,
   decoder_channels=(16, 12, 8, 8, 4),
 )
-EMBEDDINGS, LAYERS = "transformer.embeddings", "transformer.encoder.layer"
-RESNET = f"{EMBEDDINGS}.hybrid_model"
 
 
-def _state_dict(seed=0, hybrid=True):
+def _state_dict(hybrid=True):
   """Random weights of SMALL under the original's names."""
-  rng = np.random.default_rng(seed)
-  state = {}
-
-  def weight(name, *shape, bias=True):
-    fan_in = np.prod(shape[1:])
-    state[f"{name}.weight"] = rng.normal(0, fan_in**-0.5, shape)
-    if bias:
-      state[f"{name}.bias"] = rng.normal(0, 0.3, shape[0])
-
-  def norm(name, size):
-    state[f"{name}.weight"] = rng.uniform(0.5, 1.5, size)
-    state[f"{name}.bias"] = rng.normal(0, 0.3, size)
-
-  def batch_norm(name, size):
-    norm(name, size)
-    state[f"{name}.running_mean"] = rng.normal(0, 0.3, size)
-    state[f"{name}.running_var"] = rng.uniform(0.5, 1.5, size)
-    state[f"{name}.num_batches_tracked"] = np.array(7)
-
-  dim, channels, patch, skips = SMALL.hidden_dim, 3, 16, (0, 0, 0, 0)
-  if hybrid:
-    weight(f"{RESNET}.root.conv", SMALL.width, 3, 7, 7, bias=False)
-    norm(f"{RESNET}.root.gn", SMALL.width)
-    channels = SMALL.width
-    for i, num_units in enumerate(SMALL.stages):
-      middle = SMALL.width * 2**i
-      for j in range(num_units):
-        name = f"{RESNET}.body.block{i + 1}.unit{j + 1}"
-        weight(f"{name}.conv1", middle, channels, 1, 1, bias=False)
-        weight(f"{name}.conv2", middle, middle, 3, 3, bias=False)
-        weight(f"{name}.conv3", 4 * middle, middle, 1, 1, bias=False)
-        norm(f"{name}.gn1", middle)
-        norm(f"{name}.gn2", middle)
-        norm(f"{name}.gn3", 4 * middle)
-        if not j:
-          weight(f"{name}.downsample", 4 * middle, channels, 1, 1, bias=False)
-          norm(f"{name}.gn_proj", 4 * middle)
-        channels = 4 * middle
-    patch, skips = 1, (8 * SMALL.width, 4 * SMALL.width, SMALL.width, 0)
-
-  weight(f"{EMBEDDINGS}.patch_embeddings", dim, channels, patch, patch)
-  position = rng.normal(0, 0.5, (1, GRID**2, dim))
-  state[f"{EMBEDDINGS}.position_embeddings"] = position
-  for i in range(SMALL.num_layers):
-    norm(f"{LAYERS}.{i}.attention_norm", dim)
-    norm(f"{LAYERS}.{i}.ffn_norm", dim)
-    for key in ("query", "key", "value", "out"):
-      weight(f"{LAYERS}.{i}.attn.{key}", dim, dim)
-    weight(f"{LAYERS}.{i}.ffn.fc1", SMALL.mlp_dim, dim)
-    weight(f"{LAYERS}.{i}.ffn.fc2", dim, SMALL.mlp_dim)
-  norm("transformer.encoder.encoder_norm", dim)
-
-  first, *widths = SMALL.decoder_channels
-  weight("decoder.conv_more.0", first, dim, 3, 3, bias=False)
-  batch_norm("decoder.conv_more.1", first)
-  for i, (width, skip) in enumerate(zip(widths, skips, strict=True)):
-    name = f"decoder.blocks.{i}"
-    inputs = SMALL.decoder_channels[i] + skip
-    weight(f"{name}.conv1.0", width, inputs, 3, 3, bias=False)
-    batch_norm(f"{name}.conv1.1", width)
-    weight(f"{name}.conv2.0", width, width, 3, 3, bias=False)
-    batch_norm(f"{name}.conv2.1", width)
-  weight("segmentation_head.0", SMALL.num_classes, widths[-1], 3, 3)
-  return {name: value.astype(np.float32) for name, value in state.items()}
-
-
-class Reference:
-  """The original's blocks in PyTorch, NCHW, from its tensors by name."""
-
-  def __init__(self, torch, state_dict):
-    self.torch, self.functional = torch, torch.nn.functional
-    self.state = {
-      name: torch.tensor(value, requires_grad="running" not in name)
-      for name, value in state_dict.items()
-      if "num_batches" not in name
-    }
-
-  def parameters(self, name):
-    return self.state[f"{name}.weight"], self.state[f"{name}.bias"]
-
-  def standardized_conv(self, name, x, stride):
-    w = self.state[f"{name}.weight"]
-    rows = w.flatten(1)
-    mean, std = rows.mean(1), (rows.var(1, correction=0) + 1e-5).sqrt()
-    w = (w - mean[:, None, None, None]) / std[:, None, None, None]
-    pad = w.shape[-1] // 2
-    return self.functional.conv2d(x, w, stride=stride, padding=pad)
-
-  def bottleneck(self, name, x, stride):
-    torch, group_norm = self.torch, self.functional.group_norm
-    y = x
-    for i in (1, 2, 3):
-      y = self.standardized_conv(f"{name}.conv{i}", y, stride if i == 2 else 1)
-      y = group_norm(y, 32, *self.parameters(f"{name}.gn{i}"), eps=1e-6)
-      y = torch.relu(y) if i < 3 else y
-    if f"{name}.downsample.weight" in self.state:
-      x = self.standardized_conv(f"{name}.downsample", x, stride)
-      groups = x.shape[1]
-      x = group_norm(x, groups, *self.parameters(f"{name}.gn_proj"), eps=1e-5)
-    return torch.relu(x + y)
-
-  def layer_norm(self, name, x):
-    return self.functional.layer_norm(
-      x, x.shape[-1:], *self.parameters(name), eps=1e-6
-    )
-
-  def transformer_block(self, name, x):
-    batch, tokens, dim = x.shape
-    linear = self.functional.linear
-    h = self.layer_norm(f"{name}.attention_norm", x)
-    q, k, v = (
-      linear(h, *self.parameters(f"{name}.attn.{key}"))
-      .reshape(batch, tokens, SMALL.num_heads, -1)
-      .transpose(1, 2)
-      for key in ("query", "key", "value")
-    )
-    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-    h = scores.softmax(-1) @ v
-    h = h.transpose(1, 2).reshape(batch, tokens, dim)
-    x = x + linear(h, *self.parameters(f"{name}.attn.out"))
-    h = self.layer_norm(f"{name}.ffn_norm", x)
-    h = self.functional.gelu(linear(h, *self.parameters(f"{name}.ffn.fc1")))
-    return x + linear(h, *self.parameters(f"{name}.ffn.fc2"))
-
-  def conv_norm_relu(self, name, x, train):
-    x = self.functional.conv2d(x, self.state[f"{name}.0.weight"], padding=1)
-    mean = self.state[f"{name}.1.running_mean"]
-    var = self.state[f"{name}.1.running_var"]
-    x = self.functional.batch_norm(
-      x, mean, var, *self.parameters(f"{name}.1"), train
-    )
-    return self.torch.relu(x)
-
-  def decoder_block(self, name, x, skip, train):
-    x = self.functional.interpolate(
-      x, scale_factor=2, mode="bilinear", align_corners=True
-    )
-    if skip is not None:
-      x = self.torch.cat([x, skip], 1)
-    x = self.conv_norm_relu(f"{name}.conv1", x, train)
-    return self.conv_norm_relu(f"{name}.conv2", x, train)
-
-  def resnet(self, x):
-    x = self.standardized_conv(f"{RESNET}.root.conv", x, 2)
-    scale_and_bias = self.parameters(f"{RESNET}.root.gn")
-    group_norm = self.functional.group_norm
-    x = self.torch.relu(group_norm(x, 32, *scale_and_bias, eps=1e-6))
-    skips = [x]
-    x = self.functional.max_pool2d(x, 3, 2)
-    for i, num_units in enumerate(SMALL.stages):
-      for j in range(num_units):
-        name = f"{RESNET}.body.block{i + 1}.unit{j + 1}"
-        x = self.bottleneck(name, x, 2 if i and not j else 1)
-      pad = SIZE // (4 * 2**i) - x.shape[2]
-      skips.insert(0, self.functional.pad(x, (0, pad, 0, pad)))
-    return x, skips[1:]
-
-  def network(self, x, train):
-    conv2d = self.functional.conv2d
-    x, skips = x.repeat(1, 3, 1, 1), []
-    patch = 16
-    if f"{RESNET}.root.conv.weight" in self.state:
-      x, skips = self.resnet(x)
-      patch = 1
-    parameters = self.parameters(f"{EMBEDDINGS}.patch_embeddings")
-    x = conv2d(x, *parameters, stride=patch).flatten(2).transpose(1, 2)
-    x = x + self.state[f"{EMBEDDINGS}.position_embeddings"]
-    for i in range(SMALL.num_layers):
-      x = self.transformer_block(f"{LAYERS}.{i}", x)
-    x = self.layer_norm("transformer.encoder.encoder_norm", x)
-    x = x.transpose(1, 2).reshape(len(x), -1, GRID, GRID)
-    x = self.conv_norm_relu("decoder.conv_more", x, train)
-    for i in range(4):
-      skip = skips[i] if i < len(skips) else None
-      x = self.decoder_block(f"decoder.blocks.{i}", x, skip, train)
-    return conv2d(x, *self.parameters("segmentation_head.0"), padding=1)
-
-  def gradients(self):
-    """By name, through the loader: it only permutes and so is linear."""
-    zeros = self.torch.zeros_like
-    return {
-      name: (zeros(value) if value.grad is None else value.grad).numpy()
-      for name, value in self.state.items()
-    }
-
-  def values(self):
-    return {name: value.detach().numpy() for name, value in self.state.items()}
+  module = SMALL if hybrid else SMALL.copy(stages=())
+  return peers.transunet_weights(module, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +44,8 @@ def original():
 
 @pytest.fixture
 def reference():
-  return Reference(pytest.importorskip("torch"), _state_dict())
+  pytest.importorskip("torch")
+  return peers.TransUNetPeer(_state_dict(), SMALL)
 
 
 def _normal(seed, *shape):
@@ -353,13 +169,14 @@ def test_decoder_block_matches_pytorch(original, reference, train):
 @pytest.mark.parametrize("hybrid", [True, False])
 def test_network_matches_pytorch(hybrid):
   torch = pytest.importorskip("torch")
-  state_dict = _state_dict(hybrid=hybrid)
+  state_dict = _state_dict(hybrid)
   module, variables = load_transunet(state_dict, SMALL.num_heads)
   image = _normal(6, 2, SIZE, SIZE, 1)
   found = jax.jit(module.apply)(variables, image)
   with torch.no_grad():
     tensor = torch.tensor(_channels_first(image))
-    expected = Reference(torch, state_dict).network(tensor, train=False)
+    peer = peers.TransUNetPeer(state_dict, module)
+    expected = peer.network(tensor, train=False)
   _assert_close(_channels_first(found), expected.numpy())
 
 
