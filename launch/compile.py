@@ -55,6 +55,8 @@ def main(_):
   print(f"  {'flops':<14}{found['flops'] / 1e12:10.3f} T")
   if found["seconds"]:
     print(f"  {'estimated':<14}{1e3 * found['seconds']:10.1f} ms")
+  else:
+    print(f"  {'estimated':<14}{'nothing':>10}")
   if "utilisation" in found:
     print(f"  {'utilisation':<14}{100 * found['utilisation']:10.1f} %")
   if found["kernels"]:

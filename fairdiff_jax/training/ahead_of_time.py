@@ -109,8 +109,9 @@ def analyse(config, devices, peak: float | None = None) -> dict[str, Any]:
     "bytes": cost.get("bytes accessed"),
     "collectives": collectives(text),
     "kernels": text.count('custom_call_target="tpu_custom_call"'),
-    "seconds": cost.get("optimal_seconds"),
+    # The compiler takes a second off for an operation that it cannot estimate.
+    "seconds": max(cost.get("optimal_seconds", 0.0), 0.0) or None,
   }
-  if peak and result["seconds"] and result["seconds"] > 0:
+  if peak and result["seconds"]:
     result["utilisation"] = result["flops"] / result["seconds"] / peak
   return result
