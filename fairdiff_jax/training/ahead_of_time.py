@@ -82,7 +82,9 @@ def analyse(config, devices, peak: float | None = None) -> dict[str, Any]:
   Returns:
     Per chip: 'arguments', 'temporaries' and 'memory' (both, and what of the
     results is not donated) in bytes, 'flops', 'bytes' moved, 'collectives',
-    and, where the compiler estimates it, 'seconds' and 'utilisation'.
+    'kernels', calls of hand-written ones, and, where the compiler estimates it,
+    'seconds' and 'utilisation'. The compiler knows nothing of kernels: 'flops',
+    'bytes' and 'seconds' leave out what happens in them.
   """
   run = setup(config, devices)
   active = active_networks(config, config.train.steps - 1)
@@ -93,6 +95,7 @@ def analyse(config, devices, peak: float | None = None) -> dict[str, Any]:
     batch=describe_batch(config, active),
   ).compile()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  text = compiled.as_text()
   result = {
     "devices": len(devices),
     "networks": list(active),
@@ -104,9 +107,11 @@ def analyse(config, devices, peak: float | None = None) -> dict[str, Any]:
     - memory.alias_size_in_bytes,
     "flops": cost.get("flops"),
     "bytes": cost.get("bytes accessed"),
-    "collectives": collectives(compiled.as_text()),
-    "seconds": cost.get("optimal_seconds"),
+    "collectives": collectives(text),
+    "kernels": text.count('custom_call_target="tpu_custom_call"'),
+    # The compiler takes a second off for an operation that it cannot estimate.
+    "seconds": max(cost.get("optimal_seconds", 0.0), 0.0) or None,
   }
-  if peak and result["seconds"] and result["seconds"] > 0:
+  if peak and result["seconds"]:
     result["utilisation"] = result["flops"] / result["seconds"] / peak
   return result

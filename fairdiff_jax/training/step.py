@@ -149,12 +149,14 @@ def lower_step(
     batch: ShapeDtypeStructs of the global batch.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(
+  jitted = jax.jit(
     step,
     in_shardings=(shardings, NamedSharding(mesh, BATCH)),
     out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     donate_argnums=0,
-  ).lower(state, batch)
+  )
+  with jax.set_mesh(mesh):  # kernels ask for it
+    return jitted.lower(state, batch)
 
 
 def compile_step(
