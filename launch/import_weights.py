@@ -7,9 +7,13 @@ Prompts are turned into tokens by transformers' CLIPTokenizer, which only this
 command needs.
 """
 
+from pathlib import Path
+
 import cli
+import numpy as np
 from absl import flags
 
+from fairdiff_jax.objectives.latent_space import TOKENS
 from fairdiff_jax.pretrained import importing
 
 SOURCE = flags.DEFINE_string(
@@ -40,20 +44,29 @@ NEGATIVE = flags.DEFINE_string(
 flags.mark_flags_as_required(["source", "out"])
 
 
-def main(_):
+def tokens(prompts):
+  """Token ids [P, 77]."""
   try:
     from transformers import CLIPTokenizer
   except ImportError as error:
     raise ImportError("prompts need transformers: pip install it") from error
-  tokenizer = CLIPTokenizer.from_pretrained(
-    TOKENIZER.value or f"{SOURCE.value}/tokenizer"
-  )
+  folder = Path(TOKENIZER.value or f"{SOURCE.value}/tokenizer")
+  if not (folder / "vocab.json").is_file():
+    raise FileNotFoundError(f"{folder} has no vocab.json; correct --tokenizer")
+  tokenizer = CLIPTokenizer.from_pretrained(folder)
+  ids = tokenizer(prompts, padding="max_length", max_length=TOKENS).input_ids
+  for prompt, row in zip(prompts, ids, strict=True):
+    if len(row) > TOKENS:
+      raise ValueError(
+        f"prompt {prompt!r} has {len(row)} tokens with start and end; at most"
+        f" {TOKENS} are read: shorten it"
+      )
+  return np.array(ids, np.int32)
 
-  def ids(prompts):
-    return tokenizer(
-      prompts, padding="max_length", truncation=True, return_tensors="np"
-    ).input_ids
 
+def main(_):
+  importing.require_new(OUT.value)  # before gigabytes are read
+  *positive, negative = tokens([*PROMPTS.value, NEGATIVE.value])
   paths = [SOURCE.value, *filter(None, [CONTROLNET.value])]
   networks = {}
   for path in paths:
@@ -61,8 +74,8 @@ def main(_):
   importing.write(
     OUT.value,
     networks,
-    positive=ids(PROMPTS.value),
-    negative=ids([NEGATIVE.value])[0],
+    positive=np.stack(positive),
+    negative=negative,
     facts={
       "sources": {path: importing.sha256(path) for path in paths},
       "prompts": PROMPTS.value,

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from configs import phantom
+from configs.fairseg import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.fairseg import Cases, load
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.training import mesh
+from fairdiff_jax.training.latents import cached_shape
 from fairdiff_jax.training.loop import setup, train
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,14 @@ def test_setup_refuses(field, value, message):
     setup(smoke(**{field: value}))
 
 
+def test_cached_latents_are_of_images_as_they_are():
+  config = get_config("sd15")
+  assert cached_shape(config) == (64, 64, 8)
+  config.data.augment = True
+  with pytest.raises(ValueError, match="set one of the two to False"):
+    cached_shape(config)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -65,6 +75,7 @@ def test_setup_refuses(field, value, message):
     ),
     ({"fairness.real_share": 2.0}, "fairness.real_share=2.0 is not in 0..1"),
     ({"train.segmentation_batch": 12}, "batch of 12 .* 8 devices"),
+    ({"image.cache_latents": True}, "'unet', which has no latents; set it to"),
   ],
 )
 def test_train_refuses_before_it_starts(tmp_path, changes, message):

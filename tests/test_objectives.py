@@ -316,7 +316,7 @@ def test_the_objective_is_the_documented_sum(joint, objective, state, risks):
   image, image_aux = losses("image", batch["generation"])
   segmenter, _ = losses("segmenter", batch["segmentation"])
   segmenter = np.asarray(segmenter, np.float64)
-  denoised = batch["generation"] | {"image": image_aux["x0"]}
+  denoised = batch["generation"] | {"image": image_aux["x0"]()}
   shown = losses("segmenter", denoised)[0] * image_aux["signal"]
   present = [np.mean(segmenter[(GROUP == g) & (weight > 0)]) for g in (0, 2)]
   gap = max(present) - min(present)

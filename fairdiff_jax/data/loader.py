@@ -24,6 +24,8 @@ class Pool(NamedTuple):
     group: int32 [n], -1 for unknown.
     points: float32 [n, N, 3]; N is 0 for cases without.
     epoch: indices [M] into the cases.
+    latent: float32 [n, h, w, 2 C], which batches hold in place of images; None
+      for pools without.
   """
 
   name: list[str]
@@ -32,6 +34,7 @@ class Pool(NamedTuple):
   group: np.ndarray
   points: np.ndarray
   epoch: np.ndarray
+  latent: np.ndarray | None = None
 
 
 @lru_cache(maxsize=8)
@@ -77,11 +80,11 @@ def make_batch(
     size: global batch size B.
     rows: which of the B rows this host builds.
     augmented: whether cases are augmented, each from a generator of its own,
-      seeded by (seed, stream, step, row).
+      seeded by (seed, stream, step, row). Latents are not.
 
   Returns:
-    image [b, H, W, 1], mask [b, H, W], points [b, N, 3], group [b] and weight
-    [b].
+    image [b, H, W, 1], or latent [b, h, w, 2 C] where the pool has them, mask
+    [b, H, W], points [b, N, 3], group [b] and weight [b].
   """
   index = draw(pool.epoch, seed=seed, stream=stream, step=step, size=size)
   index = index[rows]
@@ -90,8 +93,11 @@ def make_batch(
     for i, row in enumerate(range(size)[rows]):
       rng = np.random.default_rng([seed, stream, step, row])
       image[i], mask[i], points[i] = augment(rng, image[i], mask[i], points[i])
-  return {
-    "image": normalize(image),
+  if pool.latent is None:
+    shown = {"image": normalize(image)}
+  else:
+    shown = {"latent": pool.latent[index]}
+  return shown | {
     "mask": mask.astype(np.int32),
     "points": points,
     "group": pool.group[index].astype(np.int32),

@@ -11,6 +11,7 @@ background, red rim and blue cup.
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from fairdiff_jax.diffusion.process import (
   add_noise,
@@ -41,10 +42,10 @@ def image_task(config, num_groups: int) -> Task:
     num_groups: G.
 
   Returns:
-    A task whose `risk` aux holds 'x0' [B, H, W, 1], the denoised images in
-    [-1, 1], and 'signal' [B] = abar_t, the share of x_t's variance that is
-    data. Its `sample` maps (variables, masks [B, H, W], group [B], keys [B])
-    to images [B, H, W, 1] in [-1, 1].
+    A task whose `risk` aux holds 'x0', () -> the denoised images [B, H, W, 1]
+    in [-1, 1], decoded when called, and 'signal' [B] = abar_t, the share of
+    x_t's variance that is data. Its `sample` maps (variables, masks
+    [B, H, W], group [B], keys [B]) to images [B, H, W, 1] in [-1, 1].
 
   Raises:
     ValueError: if `network`, `solver` or something that the network takes is
@@ -91,7 +92,7 @@ def image_task(config, num_groups: int) -> Task:
     signal, _ = signal_and_noise(schedule, t, 1)
     aux = {
       "batch_stats": {},
-      "x0": space.decode(variables, x0_hat, mask, group),
+      "x0": Partial(space.decode, variables, x0_hat, mask, group),
       "signal": signal**2 * kept,
     }
     return losses, aux

@@ -157,7 +157,8 @@ def joint_objective(
     fairness: what is remembered of the groups.
     batch: 'generation' and 'segmentation' cases, each a dict of image
       [B, H, W, 1], mask [B, H, W], group [B], weight [B] (and points
-      [B, N, 3] for generation).
+      [B, N, 3] for generation, where latent [B, h, w, 2 C] may stand for
+      image).
     key: the step's key.
     objective: tasks, regularizer and weights.
     active: names of the networks that take part.
@@ -230,7 +231,7 @@ def joint_objective(
     total += metrics["loss/adversary"]
 
   if {"image", "segmenter"} <= set(active) and weights["agreement"]:
-    part = {**batch["generation"], "image": aux["image"]["x0"]}
+    part = {**batch["generation"], "image": aux["image"]["x0"]()}
     losses, _ = evaluate(
       "segmenter", part, jax.lax.stop_gradient(params["segmenter"])
     )

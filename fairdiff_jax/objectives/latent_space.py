@@ -9,6 +9,7 @@ dropped the negative prompt stands. Autoencoder and prompts never change.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,43 @@ def make_autoencoder(config) -> AutoencoderKL:
     layers_per_block=sizes.autoencoder_layers,
     norm_num_groups=sizes.norm_num_groups,
   )
+
+
+def load_autoencoder(config) -> tuple[AutoencoderKL, Any]:
+  """The autoencoder in `config.weights` alone, and its parameters.
+
+  Raises:
+    ValueError: no weights are named, or they are of other sizes than
+      `config.stable_diffusion` has.
+  """
+  if not config.weights:
+    raise ValueError(
+      "image.weights is empty; name the directory of Stable Diffusion's weights"
+    )
+  folder = Path(config.weights) / stable_diffusion.KINDS["autoencoder"].folder
+  module, variables = stable_diffusion.load(folder)["autoencoder"]
+  image = jax.ShapeDtypeStruct(
+    (1, *(2 * [downsampling(config)]), 3), jnp.float32
+  )
+  expected = jax.eval_shape(
+    make_autoencoder(config).init, jax.random.key(0), image
+  )
+  _require_sizes(folder, variables, expected)
+  return module, variables["params"]
+
+
+def _require_sizes(directory, found, expected):
+  try:
+    graft.require_shapes(found, expected)
+  except ValueError as error:
+    raise ValueError(
+      f"{directory} does not fit image.stable_diffusion: {error}"
+    ) from error
+
+
+def downsampling(config) -> int:
+  """Pixels of an image's side per position of its latent's."""
+  return 2 ** (len(config.stable_diffusion.autoencoder_channels) - 1)
 
 
 def encode_image(
@@ -96,7 +134,7 @@ def latent_space(config, num_groups: int) -> Space:
     **shared, conditioning_embedding_out_channels=tuple(sizes.hint_channels)
   )
   autoencoder = make_autoencoder(config)
-  factor = 2 ** (len(sizes.autoencoder_channels) - 1)
+  factor = downsampling(config)
 
   def learns(name):
     return name.startswith(LEARNT[config.unet])
@@ -134,9 +172,15 @@ def latent_space(config, num_groups: int) -> Space:
     if missing:
       raise ValueError(f"{directory} lacks {', '.join(sorted(missing))}")
     prompts = graft.read(directory / stable_diffusion.PROMPTS)
-    positive = prompts["positive"]
+    positive, wanted = prompts["positive"], num_groups + 1
+    if len(positive) not in (1, wanted):
+      raise ValueError(
+        f"{directory / stable_diffusion.PROMPTS} has {len(positive)} prompts,"
+        f" not 1 for all or {wanted}: one for each of the {num_groups} groups"
+        " and one for unknown groups"
+      )
     if len(positive) == 1:
-      prompts["positive"] = np.repeat(positive, num_groups + 1, axis=0)
+      prompts["positive"] = np.repeat(positive, wanted, axis=0)
     found = assemble(
       *(
         networks[name][1]["params"]
@@ -144,12 +188,7 @@ def latent_space(config, num_groups: int) -> Space:
       ),
       prompts,
     )
-    try:
-      graft.require_shapes(found, jax.eval_shape(init, jax.random.key(0)))
-    except ValueError as error:
-      raise ValueError(
-        f"{directory} does not fit image.stable_diffusion: {error}"
-      ) from error
+    _require_sizes(directory, found, jax.eval_shape(init, jax.random.key(0)))
     return found
 
   def encode(variables, batch, keys):

@@ -40,6 +40,12 @@ def sha256(path: str | Path) -> dict[str, str]:
   return digests
 
 
+def require_new(out: str | Path) -> None:
+  """Raises FileExistsError if there is such a directory."""
+  if Path(out).exists():
+    raise FileExistsError(f"{out} exists; it is not overwritten")
+
+
 def write(
   out: str | Path,
   networks: Mapping[str, Network],
@@ -68,8 +74,7 @@ def write(
   missing = {"unet", "autoencoder", "text_encoder"} - networks.keys()
   if missing:
     raise ValueError(f"these networks are missing: {sorted(missing)}")
-  if out.exists():
-    raise FileExistsError(f"{out} exists; it is not overwritten")
+  require_new(out)
   networks = dict(networks)
   module, variables = networks.pop("text_encoder")
   encode = jax.jit(module.apply)

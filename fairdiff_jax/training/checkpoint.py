@@ -66,7 +66,7 @@ def fingerprint(tree: Any) -> str:
   for path, leaf in sorted(leaves, key=lambda x: jax.tree_util.keystr(x[0])):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-    digest.update(np.ascontiguousarray(leaf).tobytes())
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
   return digest.hexdigest()
 
 

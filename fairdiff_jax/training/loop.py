@@ -21,7 +21,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from fairdiff_jax.config import claim, config_hash
+from fairdiff_jax.config import claim, config_hash, data_directory
 from fairdiff_jax.data import attributes, statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Pool, Prefetcher, draw, make_batch
@@ -39,6 +39,7 @@ from fairdiff_jax.training.checkpoint import (
   join,
 )
 from fairdiff_jax.training.journal import Journal
+from fairdiff_jax.training.latents import cached_latents, cached_shape
 from fairdiff_jax.training.mesh import (
   host_slice,
   make_mesh,
@@ -199,9 +200,11 @@ def describe_batch(
   floats = partial(jax.ShapeDtypeStruct, dtype=np.float32)
   integers = partial(jax.ShapeDtypeStruct, dtype=np.int32)
 
-  def part(size, num_points):
-    return {
-      "image": floats((size, *config.data.size, 1)),
+  def part(size, num_points, latent=None):
+    shown = {"image": floats((size, *config.data.size, 1))}
+    if latent:
+      shown = {"latent": floats((size, *latent))}
+    return shown | {
       "mask": integers((size, *config.data.size)),
       "points": floats((size, num_points, 3)),
       "group": integers((size,)),
@@ -210,8 +213,11 @@ def describe_batch(
 
   batch = {}
   if {"points", "image"} & set(active):
-    size = config.train.generation_batch
-    batch["generation"] = part(size, config.data.num_points)
+    batch["generation"] = part(
+      config.train.generation_batch,
+      config.data.num_points,
+      cached_shape(config),
+    )
   if "segmenter" in active:
     batch["segmentation"] = part(config.train.segmentation_batch, 0)
   return batch
@@ -416,6 +422,7 @@ def train(
   first_host = jax.process_index() == 0
   run = setup(config)
   pools = _Pools(config, cases, run.objective.group_names)
+  cached = cached_shape(config)
   # Only now: a config that cannot run must not claim the directory.
   claim(workdir, config, write=first_host)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -438,6 +445,10 @@ def train(
     checkpoints.check_imported(start, imported)
     state = join(parts, imported)
   total = config.train.steps
+  if cached and start < total:
+    directory = data_directory(config, workdir)
+    latent = cached_latents(config, run.mesh, cases, directory)
+    pools.generation = pools.generation._replace(latent=latent)
   journal = Journal(
     workdir, start=start, stop=total, enabled=first_host, name=name
   )

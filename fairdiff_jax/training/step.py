@@ -63,11 +63,20 @@ def init_state(
   objective: Objective,
   optimizer: optax.GradientTransformation,
 ) -> TrainState:
-  """The state before the first step; pure, so that it can be described."""
+  """The state before the first step; pure, so that it can be described.
+
+  Networks that start from weights are all zeros in it.
+  """
   params, batch_stats, imported = {}, {}, {}
   for name, task in objective.tasks.items():
     network_key = jax.random.fold_in(key, NETWORKS.index(name))
-    params[name], batch_stats[name], imported[name] = task.init(network_key)
+    drawn = (
+      task.init(network_key)
+      if task.load is None
+      # Its weights are read: drawing others takes long to compile.
+      else jax.tree.map(jnp.zeros_like, jax.eval_shape(task.init, network_key))
+    )
+    params[name], batch_stats[name], imported[name] = drawn
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     updates={name: jnp.zeros((), jnp.int32) for name in params},

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_stable_diffusion import _assert_close, _nhwc, _tree
 
 from configs.phantom import get_config
 from fairdiff_jax.diffusion.process import min_snr_weight
-from fairdiff_jax.diffusion.samplers import example_keys
+from fairdiff_jax.diffusion.samplers import example_keys, example_normal
 from fairdiff_jax.diffusion.schedule import make_schedule
 from fairdiff_jax.models.stable_diffusion import (
   StableDiffusionControlNet,
@@ -25,6 +26,10 @@ from fairdiff_jax.training.loop import setup
 from fairdiff_jax.training.start import start_from_weights
 
 SIZE, GROUPS = 16, 3
+KEYS = jax.random.key(2), jnp.arange(4)
+SCHEDULE = dict(
+  beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 
 
 def tiny_config(**changes):
@@ -80,7 +85,7 @@ def variables(task):
 
 @pytest.fixture(scope="module")
 def risk(task):
-  keys = example_keys(jax.random.key(2), jnp.arange(4))
+  keys = example_keys(*KEYS)
 
   @jax.jit
   def run(variables, batch):
@@ -99,7 +104,7 @@ def risk(task):
 def test_risk_is_per_case_and_teaches_both_networks(risk, variables):
   losses, aux, grads = risk(variables, make_batch())
   assert losses.shape == (4,) and np.isfinite(losses).all()
-  assert aux["x0"].shape == (4, SIZE, SIZE, 1)
+  assert aux["x0"]().shape == (4, SIZE, SIZE, 1)
   silent = [
     jax.tree_util.keystr(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
@@ -148,6 +153,21 @@ def test_what_of_the_unet_learns(unet, learnt):
     assert not kept
   else:
     assert found == learnt and {"conv_in", "mid_block"} <= kept
+
+
+def test_only_the_middle_may_steer(variables):
+  config = tiny_config(**{"image.only_mid_control": True}).image
+  task = image_task(config, GROUPS)
+  keys = example_keys(*KEYS)
+  risk = jax.jit(lambda *args: task.risk(*args, keys, True)[0])
+  expected = risk(variables, make_batch())
+  for name in ("down_blocks_0", "mid_block"):
+    controlnet = dict(variables.params["controlnet"])
+    name = f"controlnet_{name}"
+    controlnet[name] = jax.tree.map(lambda x: x + 1, controlnet[name])
+    params = {**variables.params, "controlnet": controlnet}
+    found = risk(variables._replace(params=params), make_batch())
+    assert np.array_equal(found, expected) == (name != "controlnet_mid_block")
 
 
 def test_sampling_follows_mask_and_prompt(task, variables):
@@ -201,6 +221,143 @@ def make_networks(variables):
     "autoencoder": variables.frozen["autoencoder"],
   }
   return {k: (module, {"params": params[k]}) for k, module in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def peers(variables, tmp_path_factory):
+  """The same networks in diffusers, by name."""
+  diffusers = pytest.importorskip("diffusers")
+  directory = tmp_path_factory.mktemp("peers")
+  stable_diffusion.save(directory, **make_networks(variables))
+  return {
+    kind: getattr(diffusers, kind).from_pretrained(directory / folder).eval()
+    for kind, folder in (
+      ("UNet2DConditionModel", "unet"),
+      ("ControlNetModel", "controlnet"),
+      ("AutoencoderKL", "vae"),
+    )
+  }
+
+
+def to_torch(x):
+  """A tensor, NHWC as NCHW."""
+  torch = pytest.importorskip("torch")
+  x = torch.tensor(np.asarray(x))
+  return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+def prompt_of(variables, group, kept):
+  prompts = variables.frozen["prompts"]
+  positive = prompts["positive"][np.where(group < 0, GROUPS, group)]
+  return np.where(kept[:, None, None], positive, prompts["negative"])
+
+
+def test_training_loss_and_gradients_are_those_of_diffusers(
+  risk, variables, peers
+):
+  """Noise and steps are drawn as the library does; the rest is theirs."""
+  diffusers = pytest.importorskip("diffusers")
+  batch = make_batch()
+  found, _, grads = risk(variables, batch)
+
+  keys, shape = example_keys(*KEYS), (SIZE // 2, SIZE // 2, 4)
+  spread = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+  split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+  step = jax.vmap(lambda key: jax.random.randint(key, (), 1, 1001))(split[0])
+  noise = to_torch(example_normal(split[1], shape))
+  kept = np.array([jax.random.uniform(key) >= 0.1 for key in split[2]])
+
+  unet, controlnet, autoencoder = peers.values()
+  image = to_torch(batch["image"]).repeat(1, 3, 1, 1)
+  posterior = autoencoder.encode(image).latent_dist
+  spread = posterior.std * to_torch(example_normal(spread, shape))
+  latents = 0.18215 * (posterior.mean + spread).detach()
+  timesteps = to_torch(step).long() - 1
+  scheduler = diffusers.DDPMScheduler(1000, **SCHEDULE)
+  noisy = scheduler.add_noise(latents, noise, timesteps)
+  tokens = to_torch(prompt_of(variables, batch["group"], kept))
+  colors = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 1]], np.float32)
+  hint = to_torch(colors[batch["mask"]])
+  down, middle = controlnet(
+    noisy, timesteps, tokens, controlnet_cond=hint, return_dict=False
+  )
+  output = unet(
+    noisy,
+    timesteps,
+    tokens,
+    down_block_additional_residuals=down,
+    mid_block_additional_residual=middle,
+  ).sample
+  expected = ((output - noise) ** 2).mean((1, 2, 3))
+  expected.mean().backward()
+  np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5)
+  for name, network in (("unet", unet), ("controlnet", controlnet)):
+    known = _tree((n, p.grad) for n, p in network.named_parameters())
+    known = jax.tree.map(lambda x: x.numpy(), known)
+    _assert_close(grads[name], known, 1e-3)
+
+
+@pytest.mark.parametrize(
+  ("scheduler", "solver", "spacing"),
+  [
+    ("DDIMScheduler", "ddim", "leading"),
+    ("DPMSolverMultistepScheduler", "dpm++2m", "linspace"),
+  ],
+)
+def test_images_are_those_of_diffusers_pipeline(
+  variables, peers, scheduler, solver, spacing
+):
+  """From noise to pixels, guidance and ControlNet included."""
+  diffusers = pytest.importorskip("diffusers")
+  unet, controlnet, autoencoder = peers.values()
+  more = {}
+  if solver == "ddim":
+    more = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+  scheduler = getattr(diffusers, scheduler)(1000, **SCHEDULE, **more)
+  pipeline = diffusers.StableDiffusionControlNetPipeline(
+    autoencoder,
+    None,
+    None,
+    unet,
+    controlnet,
+    scheduler,
+    safety_checker=None,
+    feature_extractor=None,
+    requires_safety_checker=False,
+  )
+  pipeline.set_progress_bar_config(disable=True)
+  config = tiny_config(
+    **{
+      "image.sample_steps": 4,
+      "image.solver": solver,
+      "image.spacing": spacing,
+      "image.eta": 0.0,
+      "image.guidance": 9.0,
+    }
+  )
+  keys, batch = example_keys(*KEYS), make_batch()
+  mask, group = batch["mask"], batch["group"]
+  task = image_task(config.image, GROUPS)
+  found = jax.jit(task.sample)(variables, mask, group, keys)
+
+  start, _ = jax.vmap(jax.random.split, out_axes=1)(keys)
+  everyone = np.ones(4, bool)
+  colors = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 1]], np.float32)
+  latents = pipeline(
+    prompt_embeds=to_torch(prompt_of(variables, group, everyone)),
+    negative_prompt_embeds=to_torch(prompt_of(variables, group, ~everyone)),
+    image=to_torch(colors[mask]),
+    latents=to_torch(example_normal(start, (SIZE // 2, SIZE // 2, 4))),
+    height=SIZE,
+    width=SIZE,
+    num_inference_steps=4,
+    guidance_scale=9.0,
+    output_type="latent",
+  ).images
+  rgb = autoencoder.decode(latents / 0.18215).sample
+  expected = np.clip(_nhwc(rgb).mean(-1, keepdims=True), -1, 1)
+  assert np.ptp(expected) > 0.01
+  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_weights_are_those_of_the_directory(variables, tmp_path):
@@ -286,7 +443,8 @@ def test_import_is_complete_or_refused(networks, tmp_path):
 def test_new_controlnet_changes_nothing_yet(networks):
   module, variables = stable_diffusion.new_controlnet(networks["unet"])
   inputs = jnp.ones((1, 2, 2, 4)), jnp.ones(1, int), jnp.ones((1, 3, 8))
-  down, middle = module.apply(variables, *inputs, jnp.ones((1, 16, 16, 3)))
+  hint = jnp.ones((1, 16, 16, 3))
+  down, middle = jax.jit(module.apply)(variables, *inputs, hint)
   assert not any(np.abs(x).max() for x in (*down, middle))
   np.testing.assert_array_equal(
     variables["params"]["conv_in"]["kernel"],
