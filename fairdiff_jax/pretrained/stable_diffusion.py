@@ -364,10 +364,20 @@ def new_controlnet(unet: Network, seed: int = 0) -> Network:
   del sizes["out_channels"]
   controlnet = StableDiffusionControlNet(**sizes)
   inputs = KINDS["controlnet"].inputs(controlnet)
-  drawn = jax.jit(controlnet.init)(
-    jax.random.key(seed), *(jnp.zeros(x.shape, x.dtype) for x in inputs)
+
+  def draw(key):
+    zeros = (jnp.zeros(x.shape, x.dtype) for x in inputs)
+    return controlnet.init(key, *zeros)["params"]
+
+  def draw_own(key):  # to draw the rest too would take long to compile
+    params = draw(key)
+    return {k: v for k, v in params.items() if k.startswith(CONTROLNET_ONLY)}
+
+  key = jax.random.key(seed)
+  own = jax.jit(draw_own)(key)
+  params = controlnet_from_unet(
+    variables["params"], {**jax.eval_shape(draw, key), **own}
   )
-  params = controlnet_from_unet(variables["params"], drawn["params"])
   return controlnet, {"params": params}
 
 

@@ -98,15 +98,18 @@ def _encode(autoencoder, params, image, mesh):
     jax.jit(partial(encode_image, autoencoder), out_shardings=whole), params
   )
   size = PER_DEVICE * mesh.size
-  chunks = [
-    map_batch(encode, [normalize(image[i : i + size])], mesh, size)
-    for i in tqdm(
-      range(0, len(image), size),
-      desc="latents",
-      unit="batch",
-      disable=jax.process_index() != 0,
-    )
-  ]
+  starts = tqdm(
+    range(0, len(image), size),
+    desc="latents",
+    unit="batch",
+    disable=jax.process_index() != 0,
+  )
+  # TPUs would multiply with 8 bits of mantissa.
+  with jax.default_matmul_precision("high"):
+    chunks = [
+      map_batch(encode, [normalize(image[i : i + size])], mesh, size)
+      for i in starts
+    ]
   return np.concatenate(chunks)
 
 
