@@ -505,17 +505,6 @@ def test_prepare_phantoms(tmp_path):
     fairseg.prepare(config, tmp_path)
 
 
-CONFIG = """
-import ml_collections
-
-def get_config(variant='small'):
-  return ml_collections.ConfigDict({'data': {
-    'source': 'phantom', 'directory': '', 'size': (32, 32), 'num_points': 32,
-    'split': 'use', 'crop': (), 'phantom': {'train': 3, 'test': 1, 'seed': 0}
-  }})
-"""
-
-
 def launch(*arguments):
   return subprocess.run(
     [sys.executable, "launch/prepare.py", *map(str, arguments)],
@@ -527,9 +516,8 @@ def launch(*arguments):
 
 
 def test_launch_prepares(source, tmp_path):
-  config = tmp_path / "config.py"
-  config.write_text(CONFIG)
-  options = ("--config", f"{config}:small", "--workdir", tmp_path / "run")
+  config = "configs/phantom.py:smoke"
+  options = ("--config", config, "--workdir", tmp_path / "run")
   result = launch(*options, f"--config.data.source={source}")
   assert result.returncode == 0, result.stderr
   assert "3 cases usable, 0 set aside." in result.stdout
