@@ -18,13 +18,13 @@ DIM, MLP_DIM = 32, 40
 ODD, EVEN = 7 * sam.PATCH, 8 * sam.PATCH  # 4 does not divide 7 positions.
 
 
-def reference_sam(image_size=ODD, num_masks=3):
+def reference_sam(image_size=ODD, num_masks=3, window=WINDOW):
   """A small SAM of the reference with random weights."""
   pytest.importorskip("torch")
   return peers.sam(
     image_size,
     global_blocks=GLOBAL,
-    window=WINDOW,
+    window=window,
     decoder_dim=DIM,
     decoder_mlp_dim=MLP_DIM,
     num_masks=num_masks,
@@ -90,6 +90,23 @@ def test_image_encoder(pair):
   low = jax.jit(_encoder(jnp.bfloat16).apply)(part, image)
   assert low.dtype == jnp.bfloat16
   assert 1e-4 < relative_error(low.astype(np.float32), expected) < 0.1
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_published_image_sizes(tmp_path, size):
+  """From image to masks, with the published windows of 14 positions."""
+  model = reference_sam(size, window=14)
+  path = write(tmp_path / "sam.safetensors", tensors(model))
+  module, variables = segment_anything.load(
+    path, image_size=size, num_classes=2
+  )
+  assert module.window == 14
+  image = uniform(4, 1, size, size, 1)
+  found = jax.jit(module.apply)(variables, image)
+  rgb = np.broadcast_to(image.transpose(0, 3, 1, 2), (1, 3, size, size))
+  expected = peers.samed_logits(model, to_torch(rgb.copy()))
+  expected = expected.detach().numpy().transpose(0, 2, 3, 1)
+  assert relative_error(found, expected) < 1e-4
 
 
 def test_empty_prompt(pair):
