@@ -58,7 +58,7 @@ def base_config() -> ConfigDict:
           autoencoder_layers=2,  # residual blocks per level
         ),
         unet="unlocked",  # or 'decoder', 'locked': what learns of it
-        cache_latents=False,  # encode images once; needs data.augment=False
+        cache_latents=False,  # encode training images once, not augmented
         only_mid_control=False,  # the ControlNet steers the middle alone
         dtype="float32",  # or 'bfloat16', of stable_diffusion's computation
         remat=False,  # compute its blocks again in the backward pass

@@ -59,7 +59,6 @@ def _small(config):
 
 def _sd15(config):
   config.data.size = (512, 512)  # plain resize
-  config.data.augment = False
   config.image.network = "stable_diffusion"
   config.image.cache_latents = True
   config.image.dtype = "bfloat16"  # the paper: float32

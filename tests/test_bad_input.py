@@ -58,11 +58,11 @@ def test_setup_refuses(field, value, message):
     setup(smoke(**{field: value}))
 
 
-def test_cached_latents_are_of_images_as_they_are():
+def test_cached_latents_need_a_latent_space():
   config = get_config("sd15")
   assert cached_shape(config) == (64, 64, 8)
-  config.data.augment = True
-  with pytest.raises(ValueError, match="set one of the two to False"):
+  config.image.network = "unet"
+  with pytest.raises(ValueError, match="'unet', which has no latents"):
     cached_shape(config)
 
 

@@ -80,7 +80,8 @@ def make_batch(
     size: global batch size B.
     rows: which of the B rows this host builds.
     augmented: whether cases are augmented, each from a generator of its own,
-      seeded by (seed, stream, step, row). Latents are not.
+      seeded by (seed, stream, step, row). Cases with latents never are: their
+      masks would no longer be those of the encoded images.
 
   Returns:
     image [b, H, W, 1], or latent [b, h, w, 2 C] where the pool has them, mask
@@ -89,7 +90,7 @@ def make_batch(
   index = draw(pool.epoch, seed=seed, stream=stream, step=step, size=size)
   index = index[rows]
   image, mask, points = (x[index] for x in (pool.image, pool.mask, pool.points))
-  if augmented:
+  if augmented and pool.latent is None:
     for i, row in enumerate(range(size)[rows]):
       rng = np.random.default_rng([seed, stream, step, row])
       image[i], mask[i], points[i] = augment(rng, image[i], mask[i], points[i])

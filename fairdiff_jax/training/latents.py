@@ -36,7 +36,7 @@ def cached_shape(config) -> tuple[int, int, int] | None:
   """Shape (h, w, 2 C) of a case's cached latent; None for runs without.
 
   Raises:
-    ValueError: if images have no latents, or augmentation would change them.
+    ValueError: if images have no latents.
   """
   start, stop = config.train.image
   if not config.image.cache_latents or start >= stop:
@@ -45,11 +45,6 @@ def cached_shape(config) -> tuple[int, int, int] | None:
     raise ValueError(
       "image.cache_latents=True is for image.network='stable_diffusion', not"
       f" {config.image.network!r}, which has no latents; set it to False"
-    )
-  if config.data.augment:
-    raise ValueError(
-      "image.cache_latents=True encodes images once, and data.augment=True"
-      " changes them at every step; set one of the two to False"
     )
   factor = downsampling(config.image)
   channels = 2 * config.image.stable_diffusion.latent_channels

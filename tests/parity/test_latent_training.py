@@ -45,7 +45,6 @@ def small_config(**changes):
   """All three networks at once, as little to compile as there can be."""
   return tiny_config(
     **{
-      "data.augment": False,
       "image.cache_latents": True,
       "image.stable_diffusion.block_out_channels": (8,),
       "points.encoder_widths": (16,),
@@ -283,9 +282,10 @@ def test_cached_latents_give_the_losses_of_encoding(config, cases, data):
   )
   batches = [
     make_batch(
-      p, seed=0, stream=0, step=1, size=8, rows=slice(2, 8), augmented=False
+      p, seed=0, stream=0, step=1, size=8, rows=slice(2, 8), augmented=augmented
     )
-    for p in (pool, pool._replace(latent=latent))
+    # What is encoded already stays as it is.
+    for p, augmented in ((pool, False), (pool._replace(latent=latent), True))
   ]
   assert "latent" not in batches[0] and "image" not in batches[1]
   task = image_task(config.image, GROUPS)
