@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 
 from configs import phantom
-from configs.fairseg import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.fairseg import Cases, load
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.training import mesh
-from fairdiff_jax.training.latents import cached_shape
 from fairdiff_jax.training.loop import setup, train
 
 ROOT = Path(__file__).parents[1]
@@ -56,14 +54,6 @@ def make_cases(groups=(0, 1, 2)):
 def test_setup_refuses(field, value, message):
   with pytest.raises(ValueError, match=message):
     setup(smoke(**{field: value}))
-
-
-def test_cached_latents_need_a_latent_space():
-  config = get_config("sd15")
-  assert cached_shape(config) == (64, 64, 8)
-  config.image.network = "unet"
-  with pytest.raises(ValueError, match="'unet', which has no latents"):
-    cached_shape(config)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import safetensors.numpy
 from flax import traverse_util
 from test_latent_space import tiny_config
 
+from configs import fairseg as recipes
 from configs.phantom import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import fairseg, npz
@@ -262,6 +263,11 @@ def test_the_whole_way(config, data, cases, tmp_path, monkeypatch):
 
 def read(config, cases, directory):
   return latents.cached_latents(config, make_mesh(), cases, directory)
+
+
+def test_published_size_of_latents():
+  config = recipes.get_config("sd15")
+  assert latents.cached_shape(config) == (64, 64, 8)
 
 
 def refuse(*_):
