@@ -29,7 +29,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from fairdiff_jax.models.unet import timestep_embedding, upsample
+from fairdiff_jax.models.folded import FoldedConv
+from fairdiff_jax.models.unet import (
+  space_to_depth,
+  timestep_embedding,
+  upsample,
+)
 
 Dtype = Any
 SPLASH_BLOCK = 1024  # tokens at a time of the TPU's attention
@@ -355,7 +360,10 @@ class UpLevel(Level):
 
 
 class HintStem(nn.Module):
-  """Hint [B, s h, s w, K] -> [B, h, w, out_channels], 0 at initialisation."""
+  """Hint [B, s h, s w, K] -> [B, h, w, out_channels], 0 at initialisation.
+
+  The first layers have few channels: up to 4 x 4 pixels are folded into them.
+  """
 
   channels: Sequence[int]
   out_channels: int
@@ -363,12 +371,21 @@ class HintStem(nn.Module):
 
   @nn.compact
   def __call__(self, hint):
-    x = nn.silu(_conv(self.channels[0], self.dtype, name="conv_in")(hint))
+    fold = min(4, 2 ** (len(self.channels) - 1))
+
+    def conv(channels, name, strides=1):
+      if fold > 1:
+        return FoldedConv(channels, fold, strides, self.dtype, name=name)
+      return _conv(channels, self.dtype, name=name, strides=strides)
+
+    x = space_to_depth(hint, fold)
+    x = nn.silu(conv(self.channels[0], "conv_in")(x))
     for i, channels in enumerate(self.channels[1:]):
-      same = _conv(x.shape[-1], self.dtype, name=f"blocks_{2 * i}")
+      same = conv(self.channels[i], f"blocks_{2 * i}")
       x = nn.silu(same(x))
-      wider = _conv(channels, self.dtype, name=f"blocks_{2 * i + 1}", strides=2)
+      wider = conv(channels, f"blocks_{2 * i + 1}", strides=2)
       x = nn.silu(wider(x))
+      fold = max(fold // 2, 1)
     return _conv(self.out_channels, self.dtype, name="conv_out", zero=True)(x)
 
 
