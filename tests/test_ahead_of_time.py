@@ -26,11 +26,28 @@ def test_more_devices_hold_less_and_talk_more():
   config.train.points = config.train.image = (0, 0)
   one = ahead_of_time.analyse(config, jax.devices()[:1], peak=1e12)
   config.parallel.fsdp = 8
-  eight = ahead_of_time.analyse(config, jax.devices()[:8])
+  eight = ahead_of_time.analyse(config, jax.devices()[:8], peak=1e12)
   assert one["networks"] == ["segmenter"] and not one["collectives"]
   assert eight["collectives"]["all-reduce"]["bytes"] > 0
   assert eight["flops"] < one["flops"] / 2
   assert eight["arguments"] < one["arguments"] / 2
+
+
+@pytest.mark.parametrize(
+  "seconds, calls, flops, want",
+  [
+    (0.25, 0, 1e11, 0.25),
+    (0.25, 3, 1e11, 0.25),  # of a generation that takes nothing off
+    (-2.75, 3, 1e11, 0.25),
+    (-2.75, 2, 1e11, None),  # not explained by the calls
+    (-2.75, 3, 1e12, None),  # faster than the chip
+    (0.0, 0, 0.0, None),
+  ],
+)
+def test_seconds_taken_off_for_calls_are_put_back(seconds, calls, flops, want):
+  cost = {"optimal_seconds": seconds, "flops": flops}
+  text = "%x = f32[] custom-call(%y)\n" * calls
+  assert ahead_of_time.estimate(cost, text, peak=1e12) == want
 
 
 def test_unknown_tpus_are_named():
