@@ -53,7 +53,6 @@ class FoldedConv(nn.Module):
 
     Both in the order of `space_to_depth`.
     """
-    taps = _taps(self.fold, self.strides)
     out = self.fold // self.strides
     kernel = self.param(
       "kernel",
@@ -62,12 +61,13 @@ class FoldedConv(nn.Module):
     )
     bias = self.param("bias", nn.initializers.zeros, (self.channels,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    taps = _taps(self.fold, self.strides).astype(x.dtype)
     cells = len(taps)
     y = jax.lax.conv_general_dilated(
       x,
-      jnp.einsum("artp,bsuq,tuio->abrsipqo", taps, taps, kernel)
-      .reshape(cells, cells, x.shape[-1], out**2 * self.channels)
-      .astype(x.dtype),
+      jnp.einsum("artp,bsuq,tuio->abrsipqo", taps, taps, kernel).reshape(
+        cells, cells, x.shape[-1], out**2 * self.channels
+      ),
       window_strides=(1, 1),
       padding=((1, cells - 2),) * 2,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
