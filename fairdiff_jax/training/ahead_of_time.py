@@ -82,7 +82,11 @@ def estimate(cost: dict[str, float], text: str, peak: float) -> float | None:
   Args:
     cost: the program's cost analysis.
     text: its HLO.
-    peak: operations a second, which no estimate may exceed.
+    peak: operations a second of a device.
+
+  Returns:
+    None too where the calls do not explain the seconds taken off, or the
+    operations would need more than `peak`.
   """
   seconds = cost.get("optimal_seconds", 0.0)
   taken = max(-math.floor(seconds), 0)
@@ -98,7 +102,7 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
   Args:
     config: the run's config.
     devices: of the mesh.
-    peak: operations a second of a device, for the utilisation.
+    peak: operations a second of a device, for estimate and utilisation.
 
   Returns:
     Per chip: 'arguments', 'temporaries' and 'memory' (both, and what of the
