@@ -123,22 +123,51 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(query, key, value, default=plain, **kernels)
 
 
-def _conv(channels, dtype, *, name, size=3, strides=1, zero=False):
-  """Convolution with the same padding at both ends, also where it strides."""
+def _conv(channels, dtype, *, name, strides=1, zero=False):
+  """3 x 3, with the same padding at both ends, also where it strides."""
   zeros = {"kernel_init": nn.initializers.zeros} if zero else {}
   return nn.Conv(
     channels,
-    (size, size),
+    (3, 3),
     strides=strides,
-    padding=size // 2,
+    padding=1,
     dtype=dtype,
     name=name,
     **zeros,
   )
 
 
-def _group_norm(groups, *, name, epsilon=1e-5):
-  return nn.GroupNorm(groups, epsilon=epsilon, dtype=jnp.float32, name=name)
+class PointwiseConv(nn.Module):
+  """A 1 x 1 convolution, as the matrix product that it is.
+
+  Attributes:
+    channels: of the output.
+    dtype: of the computation.
+    kernel_init: of `kernel` [1, 1, K, channels].
+  """
+
+  channels: int
+  dtype: Dtype
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (1, 1, x.shape[-1], self.channels)
+    kernel = self.param("kernel", self.kernel_init, shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x @ kernel[0, 0] + bias
+
+
+@partial(nn.remat, static_argnums=(2, 3, 4, 5))
+def _norm_silu_conv(module, x, norm, conv, channels, groups):
+  """Group normalisation, silu and a convolution; x alone is kept.
+
+  What lies between x and the convolution is computed again in the backward
+  pass: twice x in float32, and the convolution's input.
+  """
+  norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=norm)
+  return _conv(channels, module.dtype, name=conv)(nn.silu(norm(x)))
 
 
 def _layer_norm(name):
@@ -166,14 +195,13 @@ class ResnetBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, embedding):
-    h = nn.silu(_group_norm(self.groups, name="norm1")(x))
-    h = _conv(self.channels, self.dtype, name="conv1")(h)
+    sizes = self.channels, self.groups
+    h = _norm_silu_conv(self, x, "norm1", "conv1", *sizes)
     shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")
     h += shift(nn.silu(embedding))[:, None, None]
-    h = nn.silu(_group_norm(self.groups, name="norm2")(h))
-    h = _conv(self.channels, self.dtype, name="conv2")(h)
+    h = _norm_silu_conv(self, h, "norm2", "conv2", *sizes)
     if x.shape[-1] != self.channels:
-      x = _conv(self.channels, self.dtype, name="conv_shortcut", size=1)(x)
+      x = PointwiseConv(self.channels, self.dtype, name="conv_shortcut")(x)
     return x + h
 
 
@@ -200,6 +228,12 @@ class Attention(nn.Module):
     )
 
 
+@jax.checkpoint  # the backward pass has x alone and computes the rest again
+def _gated_gelu(x):
+  value, gate = jnp.split(x, 2, axis=-1)
+  return value * nn.gelu(gate, approximate=False)
+
+
 class GatedGELU(nn.Module):
   """a * gelu(b), both linear in x (Shazeer 2020)."""
 
@@ -209,8 +243,7 @@ class GatedGELU(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = nn.Dense(2 * self.channels, dtype=self.dtype, name="proj")(x)
-    value, gate = jnp.split(x, 2, axis=-1)
-    return value * nn.gelu(gate, approximate=False)
+    return _gated_gelu(x)
 
 
 class FeedForward(nn.Module):
@@ -251,13 +284,15 @@ class SpatialTransformer(nn.Module):
   @nn.compact
   def __call__(self, x, context):
     b, h, w, c = x.shape
-    y = _group_norm(self.groups, name="norm", epsilon=1e-6)(x)
-    y = _conv(c, self.dtype, name="proj_in", size=1)(y)
+    norm = nn.GroupNorm(
+      self.groups, epsilon=1e-6, dtype=jnp.float32, name="norm"
+    )
+    y = PointwiseConv(c, self.dtype, name="proj_in")(norm(x))
     block = TransformerBlock(
       self.num_heads, self.dtype, name="transformer_blocks_0"
     )
     y = block(y.reshape(b, h * w, c), context).reshape(b, h, w, c)
-    return x + _conv(c, self.dtype, name="proj_out", size=1)(y)
+    return x + PointwiseConv(c, self.dtype, name="proj_out")(y)
 
 
 class Downsample(nn.Module):
@@ -359,6 +394,16 @@ class UpLevel(Level):
     return x
 
 
+@partial(nn.remat, static_argnums=(2, 3, 4, 5))
+def _silu_folded_conv(stem, x, name, channels, strides, fold):
+  """silu and a convolution on folded pixels; x alone is kept."""
+  if fold > 1:
+    conv = FoldedConv(channels, fold, strides, stem.dtype, name=name)
+  else:
+    conv = _conv(channels, stem.dtype, strides=strides, name=name)
+  return conv(nn.silu(x))
+
+
 class HintStem(nn.Module):
   """Hint [B, s h, s w, K] -> [B, h, w, out_channels], 0 at initialisation.
 
@@ -372,21 +417,16 @@ class HintStem(nn.Module):
   @nn.compact
   def __call__(self, hint):
     fold = min(4, 2 ** (len(self.channels) - 1))
-
-    def conv(channels, name, strides=1):
-      if fold > 1:
-        return FoldedConv(channels, fold, strides, self.dtype, name=name)
-      return _conv(channels, self.dtype, name=name, strides=strides)
-
-    x = space_to_depth(hint, fold)
-    x = nn.silu(conv(self.channels[0], "conv_in")(x))
+    x = FoldedConv(self.channels[0], fold, dtype=self.dtype, name="conv_in")(
+      space_to_depth(hint, fold)
+    )
     for i, channels in enumerate(self.channels[1:]):
-      same = conv(self.channels[i], f"blocks_{2 * i}")
-      x = nn.silu(same(x))
-      wider = conv(channels, f"blocks_{2 * i + 1}", strides=2)
-      x = nn.silu(wider(x))
+      same, wider = f"blocks_{2 * i}", f"blocks_{2 * i + 1}"
+      x = _silu_folded_conv(self, x, same, self.channels[i], 1, fold)
+      x = _silu_folded_conv(self, x, wider, channels, 2, fold)
       fold = max(fold // 2, 1)
-    return _conv(self.out_channels, self.dtype, name="conv_out", zero=True)(x)
+    conv = _conv(self.out_channels, self.dtype, name="conv_out", zero=True)
+    return conv(jax.checkpoint(nn.silu)(x))
 
 
 class Encoder(nn.Module):
@@ -504,8 +544,8 @@ class StableDiffusionUNet(Encoder):
       )
       size = skips[-1].shape[1:3] if skips else None
       x = level(x, embedding, context, taken, size)
-    x = nn.silu(_group_norm(self.norm_num_groups, name="conv_norm_out")(x))
-    x = _conv(self.out_channels, self.dtype, name="conv_out")(x)
+    sizes = self.out_channels, self.norm_num_groups
+    x = _norm_silu_conv(self, x, "conv_norm_out", "conv_out", *sizes)
     return x.astype(jnp.float32)
 
 
@@ -558,7 +598,9 @@ class StableDiffusionControlNet(Encoder):
     _, skips, x = self.encode(latents, timesteps, context, stem(hint))
 
     def zero(y, name):
-      return _conv(y.shape[-1], self.dtype, name=name, size=1, zero=True)(y)
+      return PointwiseConv(
+        y.shape[-1], self.dtype, nn.initializers.zeros, name=name
+      )(y)
 
     down = tuple(
       zero(y, f"controlnet_down_blocks_{i}") for i, y in enumerate(skips)
