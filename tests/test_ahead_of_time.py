@@ -14,10 +14,16 @@ def test_collectives_are_counted_with_their_bytes():
   %c = (f32[2]{0}, f32[16]{0}) all-gather-start(%w), dimensions={0}
   %d = f32[16]{0} all-gather-done(%c)
   %e = f32[] add(%all-reduce.1, %q)
+  %f = bf16[8]{0} all-gather(%param_0.1), channel_id=1, dimensions={0}
+  %g = bf16[8]{0} all-gather(%param_0.2), channel_id=1, dimensions={0}
+  %h = bf16[8]{0} all-gather(%param_0.3), channel_id=2, dimensions={0}
+  %i = (bf16[6]{0}, bf16[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%v), channel_id=1
   """
   assert ahead_of_time.collectives(text) == {
     "all-reduce": {"count": 2, "bytes": 4 * 32 + 8 + 6},
-    "all-gather": {"count": 1, "bytes": 64},
+    "all-gather": {"count": 3, "bytes": 64 + 2 * 16},
+    "collective-permute": {"count": 1, "bytes": 12},
   }
 
 

@@ -54,21 +54,30 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
   Args:
     text: the program's HLO. Bytes are those of the results, on one chip, each
-      counted once however often it runs in a loop.
+      counted once however often it runs in a loop; an operation that several
+      computations share by its channel is one.
   """
   found = defaultdict(lambda: {"count": 0, "bytes": 0})
+  channels = set()
   pattern = rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\("
   for line in text.splitlines():
     match = re.search(pattern, line)
-    if match:
-      shapes = re.findall(r"([a-z]+)(\d+)\w*\[([\d,]*)\]", match[1])
-      if match[3]:  # operands come first, results last
-        shapes = shapes[len(shapes) // 2 :]
-      found[match[2]]["count"] += 1
-      found[match[2]]["bytes"] += sum(
-        int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
-        for _, bits, dims in shapes
-      )
+    if not match:
+      continue
+    channel = re.search(r"channel_id=\d+", line)
+    if channel:
+      if (match[2], channel[0]) in channels:
+        continue
+      channels.add((match[2], channel[0]))
+    shapes = re.findall(r"([a-z]+)(\d+)\w*\[([\d,]*)\]", match[1])
+    if match[3]:  # operands come first, results next, tokens last
+      shapes = [shape for shape in shapes if shape != ("u", "32", "")]
+      shapes = shapes[len(shapes) // 2 :]
+    found[match[2]]["count"] += 1
+    found[match[2]]["bytes"] += sum(
+      int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
+      for _, bits, dims in shapes
+    )
   return dict(found)
 
 
