@@ -85,6 +85,22 @@ def downsampling(config) -> int:
   return 2 ** (len(config.stable_diffusion.autoencoder_channels) - 1)
 
 
+def latent_size(config, size: tuple[int, int]) -> tuple[int, int]:
+  """Height and width of the latents of images of `size`.
+
+  Raises:
+    ValueError: if the autoencoder cannot divide it.
+  """
+  factor = downsampling(config)
+  height, width = size
+  if height % factor or width % factor:
+    raise ValueError(
+      f"images of {height} x {width} have no latents, which are {factor} times"
+      f" smaller; set data.size to multiples of {factor}"
+    )
+  return height // factor, width // factor
+
+
 def encode_image(
   autoencoder: AutoencoderKL, params, image: jax.Array
 ) -> jax.Array:
@@ -192,6 +208,7 @@ def latent_space(config, num_groups: int) -> Space:
     return found
 
   def encode(variables, batch, keys):
+    latent_size(config, batch["mask"].shape[1:])
     latent = batch.get("latent")
     if latent is None:
       latent = encode_image(
@@ -241,7 +258,7 @@ def latent_space(config, num_groups: int) -> Space:
     return jax.lax.map(one, x_0, batch_size=DECODED_AT_ONCE)
 
   def shape(size):
-    return (*(n // factor for n in size), sizes.latent_channels)
+    return (*latent_size(config, size), sizes.latent_channels)
 
   return Space(
     init,

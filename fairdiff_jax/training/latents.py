@@ -21,8 +21,8 @@ from tqdm import tqdm
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.objectives.latent_space import (
-  downsampling,
   encode_image,
+  latent_size,
   load_autoencoder,
 )
 from fairdiff_jax.training.checkpoint import fingerprint
@@ -36,7 +36,7 @@ def cached_shape(config) -> tuple[int, int, int] | None:
   """Shape (h, w, 2 C) of a case's cached latent; None for runs without.
 
   Raises:
-    ValueError: if images have no latents.
+    ValueError: if images have no latents, or none of `data.size`.
   """
   start, stop = config.train.image
   if not config.image.cache_latents or start >= stop:
@@ -46,10 +46,8 @@ def cached_shape(config) -> tuple[int, int, int] | None:
       "image.cache_latents=True is for image.network='stable_diffusion', not"
       f" {config.image.network!r}, which has no latents; set it to False"
     )
-  factor = downsampling(config.image)
   channels = 2 * config.image.stable_diffusion.latent_channels
-  height, width = config.data.size
-  return height // factor, width // factor, channels
+  return *latent_size(config.image, config.data.size), channels
 
 
 def cached_latents(

@@ -22,6 +22,7 @@ from fairdiff_jax.models.text_encoder import TextEncoder
 from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.latent_space import encode_image, make_autoencoder
 from fairdiff_jax.pretrained import importing, stable_diffusion
+from fairdiff_jax.training.latents import cached_shape
 from fairdiff_jax.training.loop import setup
 from fairdiff_jax.training.start import start_from_weights
 
@@ -189,6 +190,19 @@ def test_unknown_settings_are_named():
   ):
     with pytest.raises(ValueError, match=message):
       image_task(tiny_config(**{field: "x"}).image, GROUPS)
+
+
+def test_sizes_without_latents_are_named():
+  config = tiny_config(**{"image.cache_latents": True, "data.size": (17, 16)})
+  message = "images of 17 x 16 have no latents.*data.size to multiples of 2"
+  with pytest.raises(ValueError, match=message):
+    cached_shape(config)
+  task = image_task(config.image, GROUPS)
+  variables = jax.eval_shape(task.init, jax.random.key(0))
+  keys = jax.random.split(jax.random.key(0), 2)
+  masks = np.zeros((2, 17, 16), np.int32)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(task.sample, variables, masks, np.zeros(2, int), keys)
 
 
 def test_frozen_weights_must_be_named():
