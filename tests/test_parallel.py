@@ -17,6 +17,7 @@ from fairdiff_jax.training.loop import make_step, setup
 from fairdiff_jax.training.mesh import (
   host_slice,
   make_mesh,
+  map_batch,
   to_host,
   tree_shardings,
 )
@@ -341,6 +342,18 @@ def test_meshes_and_rules_are_checked():
     compiled(mesh=make_mesh(), mode="xmap")
   with pytest.raises(ValueError, match=r"set parallel\.fsdp=1"):
     compiled(mesh=make_mesh(2), mode="pmap")
+
+
+def test_batches_are_mapped_with_the_mesh_in_context():
+  mesh = make_mesh(2)
+
+  @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  def double(x):
+    assert jax.sharding.get_abstract_mesh().axis_names == ("data", "fsdp")
+    return 2 * x
+
+  x = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+  np.testing.assert_array_equal(map_batch(double, [x], mesh, 5), 2 * x)
 
 
 def test_rules_decide_how_arrays_lie():

@@ -141,4 +141,6 @@ def map_batch(
     x = np.concatenate([x, np.repeat(x[-1:], size - rows, axis=0)])
     return x[first : first + per_host]
 
-  return to_host(function(*put_batch([pad(x) for x in arrays], mesh)))[:rows]
+  with jax.set_mesh(mesh):  # kernels ask for it
+    result = function(*put_batch([pad(x) for x in arrays], mesh))
+  return to_host(result)[:rows]
