@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from fairdiff_jax.models import stable_diffusion
+from fairdiff_jax.models import fused_attention
 from fairdiff_jax.training.mesh import make_mesh
 
 
@@ -23,7 +23,7 @@ def _lowered(platform, mesh, batch, tokens, context):
     for n in (tokens, context)
   )
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-    traced = jax.jit(stable_diffusion.attend).trace(query, key, key)
+    traced = jax.jit(fused_attention.fused_attention).trace(query, key, key)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -48,6 +48,18 @@ def test_the_kernel_is_taken_where_it_fits(
   assert ("tpu_custom_call" in text) == kernel
 
 
+def test_cudnn_is_taken_where_it_fits(monkeypatch):
+  implementation = fused_attention.attention_implementation
+  assert implementation(40, jnp.bfloat16) == "xla"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  for dtype in (jnp.bfloat16, jnp.float16):
+    for head_size in (40, 80, 128):
+      assert implementation(head_size, dtype) == "cudnn"
+    for head_size in (160, 20):
+      assert implementation(head_size, dtype) == "xla"
+  assert implementation(40, jnp.float32) == "xla"
+
+
 def test_the_kernel_attends():
   query, key, value = _heads(1, 1024, 1, 40)
   weight = _heads(1, 1024, 1, 40)[0]
@@ -64,6 +76,6 @@ def test_the_kernel_attends():
     want = run(jax.nn.dot_product_attention)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
-      found = run(stable_diffusion._splash_attention)
+      found = run(fused_attention._splash_attention)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
     assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)

@@ -10,7 +10,6 @@ import pytest
 from fairdiff_jax.models.stable_diffusion import (
   StableDiffusionControlNet,
   StableDiffusionUNet,
-  attention_implementation,
 )
 from fairdiff_jax.pretrained.stable_diffusion import controlnet_from_unet
 
@@ -347,17 +346,6 @@ def test_bfloat16_products_but_for_the_logits(tiny):
   wide = [name for dtype, name in products if dtype != "bf16"]
   assert wide == ["dot_general"] * 12
   assert len(products) > 100
-
-
-def test_fused_attention_is_taken_where_it_fits(monkeypatch):
-  assert attention_implementation(40, jnp.bfloat16) == "xla"
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  for dtype in (jnp.bfloat16, jnp.float16):
-    for head_size in (40, 80, 128):
-      assert attention_implementation(head_size, dtype) == "cudnn"
-    for head_size in (160, 20):
-      assert attention_implementation(head_size, dtype) == "xla"
-  assert attention_implementation(40, jnp.float32) == "xla"
 
 
 def test_other_channels_are_refused():
