@@ -78,8 +78,8 @@ def _norm_silu_conv(module, x, norm, conv, channels, groups):
   What lies between x and the convolution is computed again in the backward
   pass: twice x in float32, and the convolution's input.
   """
-  norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=norm)
-  return _conv(channels, module.dtype, name=conv)(nn.silu(norm(x)))
+  normalise = nn.GroupNorm(groups, epsilon=1e-5, dtype=jnp.float32, name=norm)
+  return _conv(channels, module.dtype, name=conv)(nn.silu(normalise(x)))
 
 
 def _layer_norm(name):
