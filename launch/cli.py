@@ -10,10 +10,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
   """Parses the flags and calls `main`, whose result is the exit status.
 
   What the library raises for bad input, ValueError and OSError (such as
-  FileNotFoundError), for a step that is not finite (FloatingPointError), and
-  a flag that names no field of the config are printed as one line, `error:
-  ...`, with exit status 1; --verbosity=1 shows their traceback. Anything else
-  is a fault and keeps its traceback.
+  FileNotFoundError), for a step that is not finite (FloatingPointError), for
+  an optional package that is missing (ImportError), and a flag that names no
+  field of the config are printed as one line, `error: ...`, with exit status
+  1; --verbosity=1 shows their traceback. Anything else is a fault and keeps
+  its traceback.
   """
 
   def guarded(argv: Sequence[str]) -> int | None:
@@ -21,7 +22,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       logging.set_verbosity(logging.WARNING)  # the libraries' INFO is long
     try:
       return main(argv)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
       logging.debug("Traceback", exc_info=True)
       return _fail(str(error))
 

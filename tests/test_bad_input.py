@@ -163,12 +163,13 @@ def test_missing_run_on_the_command_line(tmp_path):
   assert_one_line(done, ".*not the work directory of a run; train first.*")
 
 
-def test_not_finite_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [FloatingPointError, ImportError])
+def test_what_a_user_can_mend_is_one_line(kind, monkeypatch, capsys):
   monkeypatch.syspath_prepend(str(ROOT / "launch"))
   import cli
 
   def main(_):
-    raise FloatingPointError("step 2 is not finite;\n  lower it")
+    raise kind("step 2 is not finite;\n  lower it")
 
   monkeypatch.setattr(cli.app, "run", lambda guarded, **_: guarded([]))
   monkeypatch.setattr(
