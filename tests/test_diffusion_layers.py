@@ -63,7 +63,7 @@ def test_the_hint_s_stem_keeps_the_convolutions_inputs():
       ((7, 6, 6, 2 * 2 * 3), "bfloat16"),  # the hint, folded
       ((7, 6, 6, 2 * 2 * 4), "bfloat16"),  # conv_in
       ((7, 6, 6, 2 * 2 * 4), "bfloat16"),  # blocks_0
-      ((7, 6, 6, 8), "bfloat16"),  # blocks_1, its silu and conv_out's input
-      ((7, 6, 6, 8), "bfloat16"),
+      ((7, 6, 6, 8), "bfloat16"),  # blocks_1
+      ((7, 6, 6, 8), "bfloat16"),  # its silu, which conv_out takes
     ]
   )

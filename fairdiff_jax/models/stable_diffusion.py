@@ -35,18 +35,9 @@ Dtype = Any
 Residuals = tuple[tuple[jax.Array, ...], jax.Array]
 
 
-def _conv(channels, dtype, *, name, strides=1, zero=False):
+def _conv(channels, dtype, **options):
   """3 x 3, with the same padding at both ends, also where it strides."""
-  zeros = {"kernel_init": nn.initializers.zeros} if zero else {}
-  return nn.Conv(
-    channels,
-    (3, 3),
-    strides=strides,
-    padding=1,
-    dtype=dtype,
-    name=name,
-    **zeros,
-  )
+  return nn.Conv(channels, (3, 3), padding=1, dtype=dtype, **options)
 
 
 class PointwiseConv(nn.Module):
@@ -339,7 +330,10 @@ class HintStem(nn.Module):
       x = _silu_folded_conv(self, x, same, self.channels[i], 1, fold)
       x = _silu_folded_conv(self, x, wider, channels, 2, fold)
       fold = max(fold // 2, 1)
-    conv = _conv(self.out_channels, self.dtype, name="conv_out", zero=True)
+    zeros = nn.initializers.zeros
+    conv = _conv(
+      self.out_channels, self.dtype, name="conv_out", kernel_init=zeros
+    )
     return conv(jax.checkpoint(nn.silu)(x))
 
 

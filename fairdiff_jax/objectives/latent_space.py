@@ -208,7 +208,7 @@ def latent_space(config, num_groups: int) -> Space:
     return found
 
   def encode(variables, batch, keys):
-    latent_size(config, batch["mask"].shape[1:])
+    latent_size(config, batch["mask"].shape[1:])  # refuses what has none
     latent = batch.get("latent")
     if latent is None:
       latent = encode_image(
