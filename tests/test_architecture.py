@@ -10,14 +10,16 @@ PACKAGE = "fairdiff_jax"
 
 # What each part may import, besides itself.
 ALLOWED = {
-  "config": [],
-  "data": [],
+  "files": [],
+  "config": ["files"],
+  "data": ["files"],
   "models": ["data"],
-  "pretrained": ["models"],
+  "pretrained": ["files", "models"],
   "diffusion": ["data", "models"],
   "fairness": ["data", "models"],
-  "objectives": ["data", "models", "pretrained", "diffusion", "fairness"],
 }
+ALLOWED["objectives"] = ["files", "data", "models", "pretrained", "diffusion"]
+ALLOWED["objectives"] += ["fairness"]
 ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config"]
 ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
 ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]

@@ -1,0 +1,329 @@
+"""Files: written whole or not at all, read without trust.
+
+Whatever a reader here cannot read is a ValueError that names the file, what is
+wrong with it and what to do; never an error of the format's own library.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import threading
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LEFTOVER = "incomplete_"  # how a directory is called while it is filled
+# What a spreadsheet takes for the start of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# Characters that the libraries below take for patterns or separators.
+_PATTERN = "[]*?{}\\"
+# NumPy parses headers with `ast`, which fails now and then in threads of Python
+# 3.11 (SystemError, CPython issue 106905).
+_PARSING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+  """Gives an OSError that names no file, such as of a full disk, its path."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write(path: str | os.PathLike, data: bytes | str) -> None:
+  """Writes a file, text as UTF-8, under another name and renames it.
+
+  Raises:
+    OSError: it cannot be written; the message names it.
+  """
+  path = Path(path)
+  if isinstance(data, str):
+    data = data.encode()
+  temporary = path.with_name(f"{LEFTOVER}{path.name}")
+  with _naming(path):
+    try:
+      temporary.write_bytes(data)
+      temporary.replace(path)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[Path]:
+  """A directory to fill, which is renamed to `path` when the block ends well.
+
+  Where another process has been faster, its directory is kept.
+
+  Raises:
+    OSError: it cannot be written; the message names it.
+  """
+  path = Path(path)
+  temporary = path.with_name(f"{LEFTOVER}{path.name}_{os.getpid()}")
+  with _naming(path):
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+      yield temporary
+      try:
+        temporary.rename(path)
+      except OSError:
+        if not path.is_dir():
+          raise
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(directory: str | os.PathLike) -> None:
+  """Removes what a process that was killed has left half written.
+
+  For a directory that no other process writes to.
+  """
+  for path in Path(directory).glob(f"{LEFTOVER}*"):
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """SHA-256 of a file's bytes."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_plain(path: str | os.PathLike, what: str) -> None:
+  """Raises ValueError if a path's characters would be taken for a pattern.
+
+  Args:
+    path: to look at, made absolute.
+    what: names it in the message, such as '--workdir'.
+  """
+  odd = sorted(set(_PATTERN) & set(os.path.abspath(path)))
+  if odd:
+    raise ValueError(
+      f"{what} {path}: what is written there could not be read again, because"
+      f" of {' '.join(odd)} in its path; choose a path without"
+    )
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Reads UTF-8, with a byte-order mark or without, or marked UTF-16.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is no text of these.
+  """
+  data = Path(path).read_bytes()
+  marks = (b"\xff\xfe", b"\xfe\xff")
+  encoding = "utf-16" if data.startswith(marks) else "utf-8-sig"
+  try:
+    text = data.decode(encoding)
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+    ) from error
+  if "\0" in text:
+    raise ValueError(f"{path} is not text: it holds zero bytes; restore it")
+  return text
+
+
+def read_json(path: str | os.PathLike, remedy: str = "restore it") -> Any:
+  """Reads a JSON object.
+
+  Args:
+    path: of the file.
+    remedy: what to do about a damaged one.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is no JSON object.
+  """
+  try:
+    content = json.loads(read_text(path))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged (no JSON object); {remedy}")
+  return content
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Reads JSON objects, one a line, up to one that is cut.
+
+  A process that is killed leaves half a line, and so does a full disk.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is no text.
+  """
+  records = []
+  for line in read_text(path).splitlines():
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError):
+      break
+    if not isinstance(record, dict):
+      break
+    records.append(record)
+  return records
+
+
+def write_csv(
+  path: str | os.PathLike,
+  columns: Sequence[str],
+  rows: Iterable[Sequence[Any]],
+) -> None:
+  """Writes a table with a header, so that spreadsheets run nothing in it.
+
+  Text that starts like a formula is written after an apostrophe, which
+  `read_csv` takes away.
+  """
+
+  def cell(value):
+    return f"'{value}" if _is_formula(value) else value
+
+  table = io.StringIO()
+  writer = csv.writer(table, lineterminator="\n")
+  writer.writerow(map(cell, columns))
+  writer.writerows(map(cell, row) for row in rows)
+  write(path, table.getvalue())
+
+
+def _is_formula(value: Any) -> bool:
+  """Whether it is text that runs, or would but for apostrophes before it."""
+  if not isinstance(value, str):
+    return False
+  value = value.lstrip("'")
+  if not value.startswith(_FORMULA):
+    return False
+  try:
+    float(value)
+  except ValueError:
+    return True
+  return value[0] not in "+-"  # a sign may start a number
+
+
+def read_csv(
+  path: str | os.PathLike,
+) -> tuple[list[str], list[dict[str, str]]]:
+  """Reads a table with a header as (columns, rows by column).
+
+  Missing cells are empty, surplus ones are left out.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is no such table.
+  """
+  text = read_text(path)
+  try:
+    columns, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+  except csv.Error as error:
+    raise ValueError(
+      f"{path} is not a csv table ({error}); save it as one"
+    ) from error
+
+  def cell(value):
+    return value[1:] if value[:1] == "'" and _is_formula(value) else value
+
+  columns = [cell(column) for column in columns]
+  filled = [r + [""] * (len(columns) - len(r)) for r in rows if r]
+  return columns, [
+    dict(zip(columns, map(cell, row), strict=False)) for row in filled
+  ]
+
+
+def read_npz(
+  path: str | os.PathLike,
+  names: Collection[str] | None = None,
+  *,
+  limit: int | None = None,
+) -> dict[str, np.ndarray | None]:
+  """Reads the arrays of an npz file; nothing that could run is read.
+
+  Every header is looked at before its array is unpacked.
+
+  Args:
+    path: of the file.
+    names: of the arrays to read, None for all; others are None.
+    limit: most bytes of an array; None for no limit but the file's own.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: the file or an array cannot be read, or is larger.
+  """
+  path = Path(path)
+  size = path.stat().st_size
+  again = "download or copy it again"
+  name = None
+  try:
+    with zipfile.ZipFile(path) as archive:
+      arrays: dict[str, np.ndarray | None] = {}
+      for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        arrays[name] = None
+        if names is None or name in names:
+          arrays[name] = _read_array(archive, member, limit)
+      return arrays
+  except _Refused as error:
+    raise ValueError(f"{path}: array {name!r} {error}") from error
+  except Exception as error:
+    where = f"array {name!r} cannot" if name else f"cannot ({size} bytes)"
+    raise ValueError(
+      f"{path}: {where} be read ({type(error).__name__}: {error}); {again}"
+    ) from error
+
+
+class _Refused(Exception):
+  """An array that is not read, and why."""
+
+
+def _read_array(
+  archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int | None
+) -> np.ndarray:
+  form = np.lib.format
+  readers = {
+    (1, 0): form.read_array_header_1_0,
+    (2, 0): form.read_array_header_2_0,
+  }
+  with archive.open(member) as file:
+    with _PARSING:
+      version = form.read_magic(file)
+      if version not in readers:
+        raise _Refused(f"has version {version} of NumPy's format; save it anew")
+      shape, fortran, dtype = readers[version](file)
+    if dtype.hasobject:
+      raise _Refused(
+        "holds pickled objects, which are refused because they can run code;"
+        " save it as numbers"
+      )
+    claimed = math.prod(shape) * dtype.itemsize
+    present = member.file_size - file.tell()
+    if claimed != present:
+      raise _Refused(
+        f"claims {claimed} bytes and has {present}; download or copy it again"
+      )
+    if limit is not None and claimed > limit:
+      raise _Refused(
+        f"has {claimed / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that"
+        " such an array may have; is it the right file?"
+      )
+    array = np.frombuffer(bytearray(file.read()), dtype)
+  return array.reshape(shape, order="F" if fortran else "C")
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+  """The arrays as a compressed npz file; the same arrays, the same bytes."""
+  data = io.BytesIO()
+  np.savez_compressed(data, **arrays)
+  return data.getvalue()
