@@ -11,7 +11,8 @@ from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.fairseg import Cases, load
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.training import mesh
-from fairdiff_jax.training.loop import setup, train
+from fairdiff_jax.training.loop import train
+from fairdiff_jax.training.setup import setup
 
 ROOT = Path(__file__).parents[1]
 
