@@ -117,14 +117,14 @@ def train(
   if proceed:
     _require_same_shapes(run, workdir)
   start, state = _restore(run, workdir, cases, pools.group, checkpoints)
-  asked, changes = claim(step=start, write=first_host)
-  facts = {"trained_with": asked}
   total = config.train.steps
   if start > total:
     raise ValueError(
       f"{workdir} is trained to step {start} already, beyond train.steps="
-      f"{total}"
+      f"{total}; set it to more, or give another --workdir"
     )
+  asked, changes = claim(step=start, write=first_host)
+  facts = {"trained_with": asked}
   if cached and start < total:
     directory = configs.data_directory(config, workdir)
     latent = cached_latents(config, run.mesh, cases, directory)
@@ -309,8 +309,9 @@ def _lacks_bank(config, workdir, start) -> bool:
   So it is where a run goes on with another calendar of banks.
   """
   step = schedule.bank_step(config, start)
-  active = "segmenter" in active_networks(config, start)
-  return active and step != start and not bank_directory(workdir, step).exists()
+  if step in (None, start) or "segmenter" not in active_networks(config, start):
+    return False
+  return not bank_directory(workdir, step).exists()
 
 
 def _jobs(run, start, refills, make_refill):
