@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.objectives.joint import Objective
-from fairdiff_jax.synthesis.audit import mask_fault
 from fairdiff_jax.training.checkpoint import network
 from fairdiff_jax.training.loop import Setup
 from fairdiff_jax.training.mesh import map_batch
