@@ -206,6 +206,41 @@ def test_missing_inputs(source, tmp_path):
   assert not data.exists()
 
 
+def test_the_report_names_the_worst_clouds(source, tmp_path):
+  for i, cup in ((1, 0.5), (2, 0.2), (3, 0.5)):
+    _, mask = eye(cup=cup)
+    np.savez(source / f"data_0000{i}.npz", **patient(disc_cup_mask=mask))
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  for structure in ("disc", "cup"):
+    trip = report.round_trip[structure]
+    assert 0.9 < trip["least"] < trip["mean"] <= 1
+  assert report.worst[0][0] == "data_00002.npz"
+  assert report.worst[0][2] == report.round_trip["cup"]["least"]
+  lines = str(report).splitlines()
+  (start,) = (
+    i for i, x in enumerate(lines) if x.startswith("masks from 64 po")
+  )
+  assert lines[start].split()[-3:] == ["disc", "cup", "rim"]
+  assert lines[start + 3].split() == [
+    "data_00002.npz",
+    *(f"{dice:.4f}" for dice in report.worst[0][1:]),
+  ]
+  assert fairseg.check(tmp_path / "data") == report
+
+
+def test_the_report_says_one_reason_once(source):
+  for i in range(4, 20):
+    np.savez(
+      source / f"data_{i:05d}.npz", **patient(disc_cup_mask=0 * eye()[1])
+    )
+  write_csv(source, {f"data_{i:05d}": "training" for i in range(1, 20)})
+  report = fairseg.check(source, progress=False)
+  assert len(report.set_aside) == 16
+  *_, last = str(report).splitlines()
+  assert last.startswith("  data_00004.npz, data_00005.npz, ")
+  assert "data_00011.npz and 8 more  disc_cup_mask shows no disc" in last
+
+
 def test_nothing_usable(source, tmp_path):
   write_csv(source, {f"data_0000{i}": "test" for i in (1, 2, 3)})
   with pytest.raises(ValueError, match="no usable case is in the training"):

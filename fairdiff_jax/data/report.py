@@ -54,7 +54,8 @@ class Report:
     lines += self._count_lines() + self._round_trip_lines() + ["", *self.notes]
     if self.left_out:
       lines.append(
-        "Left out, as their use says: " + _tally(self.left_out) + " cases."
+        f"{sum(self.left_out.values())} cases are left out, as their use says"
+        f" ({_tally(self.left_out)})."
       )
     lines.append(
       f"{self.usable} cases usable, {len(self.set_aside)} set aside"

@@ -119,10 +119,10 @@ def read_list(
   if lost:
     near = difflib.get_close_matches(case_key(lost[0]), present, n=1)
     hint = f" (did you mean {present[near[0]]}?)" if near else ""
-    more = f", nor do {len(lost) - 1} other lines" if len(lost) > 1 else ""
+    more = f", one of {len(lost)} such lines" if len(lost) > 1 else ""
     raise ValueError(
       f"{path}: the line {lost[0]!r} names no file in {source}{hint}{more}; "
-      "correct or remove what has no file."
+      f"correct or remove {'them' if more else 'it'}."
     )
   return set(listed)
 
