@@ -2,6 +2,7 @@
 
 import io
 import re
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -259,6 +260,21 @@ def test_sizes_are_looked_at_before_unpacking(source, name):
   np.savez_compressed(path, **arrays | {name: np.zeros((5000, 5000))})
   with pytest.raises(ValueError, match=f"array '{name}' has 200 MB, more than"):
     npz.read_case(path)
+
+
+def test_a_header_of_gigabytes_is_not_unpacked(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez_compressed(path, **patient(race=None))
+  with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+    with archive.open("race.npy", "w") as file:
+      file.write(b"\x93NUMPY\x02\x00" + (10**8).to_bytes(4, "little"))
+      for _ in range(100):
+        file.write(b" " * 10**6)
+  tracemalloc.start()
+  with pytest.raises(ValueError, match="array 'race' cannot be read"):
+    npz.read_case(path)
+  assert tracemalloc.get_traced_memory()[1] < 10**7
+  tracemalloc.stop()
 
 
 def test_one_bad_file_never_ends_a_check(source, tmp_path):
