@@ -29,6 +29,7 @@ SILENT = 120  # seconds after which the owner on another host is taken for dead
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # Characters that the libraries below take for patterns or separators.
 _PATTERN = "[]*?{}\\"
+_HEADER = 2**14  # bytes that hold any header that NumPy reads
 # NumPy parses headers with `ast`, which fails now and then in threads of Python
 # 3.11 (SystemError, CPython issue 106905).
 _PARSING = threading.Lock()
@@ -380,18 +381,19 @@ def _read_array(
     (2, 0): form.read_array_header_2_0,
   }
   with archive.open(member) as file:
+    head = io.BytesIO(file.read(_HEADER))
     with _PARSING:
-      version = form.read_magic(file)
+      version = form.read_magic(head)
       if version not in readers:
         raise _Refused(f"has version {version} of NumPy's format; save it anew")
-      shape, fortran, dtype = readers[version](file)
+      shape, fortran, dtype = readers[version](head)
     if dtype.hasobject:
       raise _Refused(
         "holds pickled objects, which are refused because they can run code;"
         " save it as numbers"
       )
     claimed = math.prod(shape) * dtype.itemsize
-    present = member.file_size - file.tell()
+    present = member.file_size - head.tell()
     if claimed != present:
       raise _Refused(
         f"claims {claimed} bytes and has {present}; download or copy it again"
@@ -401,7 +403,9 @@ def _read_array(
         f"has {claimed / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that"
         " such an array may have; is it the right file?"
       )
-    array = np.frombuffer(bytearray(file.read()), dtype)
+    content = bytearray(head.read())
+    content += file.read()
+    array = np.frombuffer(content, dtype)
   return array.reshape(shape, order="F" if fortran else "C")
 
 

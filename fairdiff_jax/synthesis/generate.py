@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
-from fairdiff_jax.synthesis.audit import mask_fault
 from fairdiff_jax.training.checkpoint import INFERENCE, network
 from fairdiff_jax.training.mesh import BATCH, map_batch
 from fairdiff_jax.training.setup import Setup
