@@ -241,7 +241,7 @@ def test_nothing_is_overwritten(networks, tmp_path):
 
 def test_variables_of_another_module_are_not_saved(networks, tmp_path):
   swapped = networks["unet"][0], networks["controlnet"][1]
-  with pytest.raises(ValueError, match="params/conv_out/bias: missing"):
+  with pytest.raises(ValueError, match="not expected\n(?s:.*) more$"):
     sd.save(tmp_path, unet=swapped)
   assert not [*tmp_path.iterdir()]
 
@@ -483,7 +483,7 @@ def _original_name(network, name):
 def original(models):
   """The small networks' tensors under the original's names."""
   tensors = {
-    "betas": torch.zeros(10),
+    "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
     "alphas_cumprod_prev": torch.zeros(10),
     "sqrt_recipm1_alphas_cumprod": torch.zeros(10),
     "posterior_mean_coef2": torch.zeros(10),
