@@ -198,6 +198,7 @@ def require_sizes(
   found: Mapping[str, Any],
   wanted: Mapping[str, Any],
   fields: Mapping[str, str],
+  remedy: str = "name other weights",
 ) -> None:
   """Checks what weights are of against what the config asks for.
 
@@ -206,6 +207,7 @@ def require_sizes(
     found: the weights' sizes by name.
     wanted: the config's, among others perhaps.
     fields: names of the sizes -> fields of the config that set them.
+    remedy: what may be done instead of setting them.
 
   Raises:
     ValueError: some differ; the message names the fields to set.
@@ -228,9 +230,7 @@ def require_sizes(
       f"{what}: {'; '.join([*fixed, *settable])}; name other weights"
     )
   if settable:
-    raise ValueError(
-      f"{what}: set {', '.join(settable)}, or name other weights"
-    )
+    raise ValueError(f"{what}: set {', '.join(settable)}, or {remedy}")
 
 
 def _shapes(tree):

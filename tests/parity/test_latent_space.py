@@ -60,9 +60,11 @@ def make_variables(task):
   """Random variables of which no part is silent."""
   initial = jax.eval_shape(task.init, jax.random.key(0))
   rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), initial
+  variables = jax.tree.map(
+    lambda x: rng.normal(scale=0.1, size=x.shape), initial
   )
+  variables.frozen["scaling_factor"] = 0.18215
+  return jax.tree.map(np.float32, variables)
 
 
 def make_batch():
