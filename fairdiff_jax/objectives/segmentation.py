@@ -9,6 +9,7 @@ loss per case and so no risk per group. Where a network's logits are coarser
 than the image, labels are taken at their resolution.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -119,7 +120,11 @@ def _samed(config, axis_name) -> Network:
       rank=module.rank,
     )
     size = vit.describe(found.embed_dim, found.depth)
-    _require_sizes(config, size, found, module, config.samed)
+    names = set(config.samed)
+    if len(found.global_blocks) == found.depth:
+      # Tables as large as the grid do not tell windows from none.
+      names -= {"window", "global_blocks"}
+    _require_sizes(config, size, found, module, names)
     return assemble(variables)
 
   return Network(init, apply, module.decoder_dim, load)
@@ -160,7 +165,10 @@ def _transunet(config, axis_name) -> Network:
       with graft.naming(config.weights):
         found, variables = fairdiff.load_transunet(arrays, module.num_heads)
     size = vit.describe(found.hidden_dim, found.num_layers)
-    _require_sizes(config, size, found, module, config.transunet)
+    names = set(config.transunet) - {"dropout_rate"}
+    if not found.stages:
+      names -= {"width"}
+    _require_sizes(config, size, found, module, names)
     grid = variables["params"]["encoder"]["position_embedding"].shape[1]
     graft.require_sizes(
       f"{config.weights} does not fit segmenter.transunet",
@@ -205,11 +213,8 @@ def _require_sizes(config, size, found, module, fields):
     module: the config's.
     fields: of the config, which set the module's attributes of these names.
   """
-  names = [
-    name
-    for name in (*fields, "num_classes")
-    if name not in ("dropout_rate", "rank")
-  ]
+  names = [f.name for f in dataclasses.fields(found)]
+  names = [name for name in names if name in {"num_classes", *fields}]
   graft.require_sizes(
     f"{config.weights} does not fit segmenter.{config.network}: it is {size}",
     {name: getattr(found, name) for name in names},
