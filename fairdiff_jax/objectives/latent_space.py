@@ -263,6 +263,7 @@ def latent_space(config, num_groups: int) -> Space:
   def load():
     require_schedule(config)
     directory = files.find(config.weights)
+    prompts = _read_prompts(directory, num_groups)
     networks = stable_diffusion.load(directory)
     modules = {
       "unet": unet,
@@ -278,7 +279,7 @@ def latent_space(config, num_groups: int) -> Space:
     _require_sizes(config, networks, modules)
     found = assemble(
       *(networks[name][1]["params"] for name in modules),
-      _read_prompts(directory, num_groups),
+      prompts,
       np.float32(networks["autoencoder"][0].scaling_factor),
     )
     with graft.naming(f"{directory} does not fit image.stable_diffusion"):

@@ -350,7 +350,7 @@ def test_interrupted_writing_leaves_nothing(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(latents, "_sha256", interrupt)
+    patch.setattr(latents.files, "sha256", interrupt)
     with pytest.raises(KeyboardInterrupt):
       read(config, cases, tmp_path)
   assert not list((tmp_path / "latents").iterdir())
