@@ -213,7 +213,18 @@ def test_import_refuses_in_one_line(pipeline, weights, tmp_path):
   lacking = tmp_path / "lacking"
   for source, out, flags, message in (
     (lacking, weights, [], f"error: {weights} exists; it is not overwritten"),
-    (lacking, tmp_path / "new", [], f"error: {lacking}/tokenizer has no vocab"),
+    (
+      lacking,
+      tmp_path / "new",
+      [],
+      f"error: {lacking} does not exist; correct",
+    ),
+    (
+      weights,
+      tmp_path / "new",
+      [],
+      f"error: {weights}/tokenizer has no vocab.json; correct --tokenizer",
+    ),
     (
       pipeline,
       tmp_path / "new",
