@@ -110,7 +110,8 @@ def sweep(directory: str | os.PathLike, name: str | None = None) -> None:
     if name is not None and (owner is None or owner["name"] != name):
       continue
     if not path.is_dir():
-      path.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # as of a directory: another user's
+        path.unlink()
     elif owner is None or not _is_filled(path, owner):
       shutil.rmtree(path, ignore_errors=True)
 

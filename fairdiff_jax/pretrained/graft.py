@@ -18,6 +18,10 @@ import safetensors.numpy
 from fairdiff_jax import files
 
 PYTORCH = (".pth", ".pt", ".ckpt", ".bin")
+# What PyTorch says of a file whose reading takes more than tensors.
+_CODE = (
+  r"(?:GLOBAL|class) ([\w.]+\.[\w.]+)|with (TorchScript archives|files .*tar)"
+)
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
@@ -62,10 +66,11 @@ def _read_pytorch(path):
     content = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     # PyTorch's own words advise to run what is in the file.
-    held = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+    held = re.search(_CODE, str(error))
     if held:
       raise ValueError(
-        f"{path} cannot be read as tensors alone: it holds {held[1]}, and what"
+        f"{path} cannot be read as tensors alone: it holds"
+        f" {held[1] or held[2]}, and what"
         " can run code is never loaded; get its state dict alone, or"
         " .safetensors"
       ) from error
@@ -87,11 +92,18 @@ def _read_pytorch(path):
       f"{path}: not tensors: {files.some(sorted(map(repr, odd)))}; save its"
       " state dict alone"
     )
-  # NumPy has no bfloat16.
-  return {
-    str(k): (v.float() if v.is_floating_point() else v).detach().numpy()
-    for k, v in tensors.items()
-  }
+  arrays = {}
+  for name, tensor in tensors.items():
+    if tensor.is_floating_point():
+      tensor = tensor.float()  # NumPy has no bfloat16
+    try:
+      arrays[str(name)] = tensor.detach().numpy()
+    except (RuntimeError, TypeError) as error:
+      raise ValueError(
+        f"{path}: tensor {name!r} is no plain array ({tensor.layout},"
+        f" {tensor.dtype}); save it as one"
+      ) from error
+  return arrays
 
 
 @contextlib.contextmanager

@@ -596,6 +596,7 @@ def test_scale_and_betas_of_a_single_file(original, tmp_path):
     ("cut", "damaged, cut short or not PyTorch's"),
     ([torch.zeros(2)], "holds no tensors by name but list; save a state dict"),
     ({"a": torch.zeros(2), "b": 3}, "not tensors: 'b'; save its state dict"),
+    ({"a": torch.eye(2).to_sparse()}, "tensor 'a' is no plain array"),
     ({"a": re.compile}, "it holds re.compile, and what can run code is never"),
     ({"a": Path("b")}, r"it holds pathlib.\w+, and what can run code is never"),
   ],
@@ -611,6 +612,13 @@ def test_pytorch_files_that_cannot_be_read(tmp_path, content, message):
     graft.read(path)
   assert str(path) in str(raised.value)
   assert "weights_only" not in str(raised.value)
+
+
+def test_programs_of_pytorch_are_refused(tmp_path):
+  path = tmp_path / "a.pt"
+  torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+  with pytest.raises(ValueError, match=f"{path} .*TorchScript archives, and"):
+    graft.read(path)
 
 
 def test_parameters_of_pytorch_are_tensors(tmp_path):
