@@ -6,53 +6,17 @@ due, take the batch, step, log. Everything a step needs is a function of
 from its last checkpoint to the very same parameters.
 """
 
-import json
 import time
-from collections import Counter
 from collections.abc import Callable
-from concurrent import futures
-from functools import partial
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from fairdiff_jax import files
-from fairdiff_jax.config import claim, config_hash, data_directory
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Prefetcher
-from fairdiff_jax.training import schedule
-from fairdiff_jax.training.banks import (
-  Synthetic,
-  bank_directory,
-  bank_facts,
-  check_bank,
-  prune,
-  read_bank,
-)
-from fairdiff_jax.training.checkpoint import Checkpoints, fingerprint, join
-from fairdiff_jax.training.compiling import Compiler
-from fairdiff_jax.training.forecast import Forecast
-from fairdiff_jax.training.journal import Journal
-from fairdiff_jax.training.latents import cached_latents, cached_shape
-from fairdiff_jax.training.mesh import all_hosts, to_host
-from fairdiff_jax.training.pools import Pools
+from fairdiff_jax.training.banks import Synthetic
 from fairdiff_jax.training.schedule import active_networks, due
-from fairdiff_jax.training.setup import (
-  Setup,
-  initial_state,
-  make_step,
-  setup,
-)
-from fairdiff_jax.training.start import import_weights
+from fairdiff_jax.training.session import Asked, Session
+from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.step import TrainState
-from fairdiff_jax.training.termination import Termination
-
-REFILL, SAVE = "the generators of synthetic cases", "checkpoint"
-
-
-class _Asked(Exception):
-  """The run was asked to stop; its state is that before the step."""
 
 
 def train(
@@ -85,237 +49,30 @@ def train(
     FloatingPointError: if a step's loss, gradients or new parameters are not
       finite.
   """
-  workdir = Path(workdir)
-  first_host = jax.process_index() == 0
-  run = setup(config)
-  pools = Pools(config, cases, run.objective.group_names)
-  if pools.filled and make_refill is None:
-    raise ValueError("fairness.strategy='equal_scale' needs make_refill")
-  cached = cached_shape(config)
-  # Only now: a config that cannot run must not claim the directory.
-  claim(workdir, config, write=first_host)
-  if first_host:
-    files.sweep(workdir / "bank")
-  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-  start, state = _restore(run, workdir, cases, pools.group, checkpoints)
-  total = config.train.steps
-  if cached and start < total:
-    directory = data_directory(config, workdir)
-    latent = cached_latents(config, run.mesh, cases, directory)
-    pools.generation = pools.generation._replace(latent=latent)
-  journal = Journal(
-    workdir, start=start, stop=total, enabled=first_host, name=name
-  )
-  if start:
-    journal.say(f"resuming from the checkpoint of step {start}")
-  if start < total:
-    journal.say(schedule.plan(config, pools.filled))
-  last = max((p.stop for p in schedule.phases(config) if p.active), default=0)
-  forecast = Forecast(_work(config, start, pools.filled))
-  stop = Termination()
+  session = Session(config, Path(workdir), cases, make_refill, name)
+  start, total, pools = session.start, config.train.steps, session.pools
   prefetch = Prefetcher(pools.batch)
-  compiler = Compiler(_jobs(run, start, pools.filled and make_refill))
-  compiled = {(): partial(_pass, run)}
-  saved, pending = start or None, None
-  filled, bank = None, None  # the step of the bank in use, and its facts
-  status = 1  # of the process, if it ends while something is compiled
-
-  def settle():
-    """Waits for the step under way and checks it."""
-    nonlocal pending
-    if pending is not None:
-      _check_finite(workdir, pools, *pending)
-      pending = None
-
-  def get(key):
-    """What is compiled in the background."""
-    if key in compiled:
-      return compiled[key]
-    result = compiler.results[key]
-    what = key if key == REFILL else f"the step of {', '.join(key)}"
-    settle()
-    began = time.monotonic()
-    while not all_hosts(result.done()):
-      if stop():
-        raise _Asked
-      journal.wait(f"compiling {what}, {time.monotonic() - began:.0f} s")
-      futures.wait([result], timeout=0.2)
-    compiled[key] = result.result()
-    journal.wait("")
-    journal.say(f"compiled {what} in {compiler.seconds[key]:.0f} s")
-    return compiled[key]
-
-  def save():
-    nonlocal saved
-    settle()
-    began = time.monotonic()
-    step = int(state.step)
-    # A checkpoint is removed when the next is complete; its bank after that.
-    needed = {
-      schedule.bank_step(config, s) for s in [*checkpoints.steps, step]
-    } - {None}
-    if first_host:
-      prune(workdir, needed)
-    facts = {"config_sha256": config_hash(config)}
-    # Where the bank is due to be refilled, the one before is of no use.
-    in_use = schedule.bank_step(config, step) == filled
-    checkpoints.save(state, facts=facts | {"bank": bank if in_use else None})
-    saved = step
-    forecast.did(SAVE, time.monotonic() - began)
-
-  def mix(step):
-    """Mixes the segmenter's cases anew, with those of a bank if there is."""
-    nonlocal filled, bank
-    settle()
-    filled, bank = schedule.bank_step(config, step), None
-    synthetic = None
-    if pools.filled:
-      directory = bank_directory(workdir, filled)
-      if step == filled:
-        refill = get(REFILL)
-        began = time.monotonic()
-        demand = pools.demand(to_host(state.fairness.running.risk))
-        synthetic = refill(
-          *(state, step, *demand, directory), stop=stop, say=journal.say
-        )
-        if synthetic is None:
-          raise _Asked
-        forecast.did(REFILL, time.monotonic() - began)
-      else:
-        synthetic = read_bank(
-          directory, config.data.size, len(run.objective.group_names)
-        )
-      bank = bank_facts(directory)
-    pools.mix(step, synthetic)
-
   try:
     for step in range(start, total):
-      if stop():
-        raise _Asked
+      session.stop_if_asked()
       if step > start and due(step, config.checkpoint.every):
-        save()
+        session.save()
       if not pools.ready(step):
-        mix(step)
+        session.mix(step)
       active = active_networks(config, step)
-      advance = get(active)
+      advance = session.compiled(active)
       began = time.monotonic()
       following = step + 1
       known = following < total and pools.ready(following)
       batch = prefetch(step, following=following if known else None)
-      state, metrics = advance(state, batch)
+      session.advance(step, *advance(session.state, batch))
       # What was waited for is the step before, of this phase or another.
       alike = step > start and active == active_networks(config, step - 1)
-      settle()
-      pending = step, metrics
-      forecast.did(active, time.monotonic() - began if alike else None)
-      journal.step(str(forecast))
-      if metrics and (due(following, config.log.every) or following == last):
-        rows = sum(len(part["weight"]) for part in batch.values())
-        numbers = {k: float(v) for k, v in sorted(metrics.items())}
-        journal.log(following, numbers, cases=rows * jax.process_count())
-    settle()
-    if start < total:
-      save()
-      checkpoints.wait()  # what follows says that the run is complete
-    journal.log(total, {"params_sha256": fingerprint(state.params)})
-    if stop():
-      raise _Asked
-    status = 0
-    return state
-  except _Asked:
-    step = int(state.step)
-    if step and saved != step:
-      save()
-    checkpoints.wait()
-    journal.say(_stopped(stop.reason, step))
-    status = 0
-    return None
+      session.tick(active, time.monotonic() - began if alike else None)
+      session.log(step, batch)
+    return session.complete()
+  except Asked:
+    return session.leave()
   finally:
-    compiler.close(status)
     prefetch.close()
-    try:
-      checkpoints.close()
-    finally:
-      journal.close()
-      stop.close()
-
-
-def _restore(run, workdir, cases, group, checkpoints) -> tuple[int, TrainState]:
-  """The newest checkpoint's step and state, or those of a new run."""
-  restored = checkpoints.restore(
-    run.abstract, ("inference", "training"), partial(check_bank, workdir)
-  )
-  if restored is None:
-    return 0, initial_state(run, cases, group)
-  step, parts = restored
-  imported = import_weights(run.objective, run.abstract)
-  checkpoints.check_imported(step, imported)
-  return step, join(parts, imported)
-
-
-def _jobs(run, start, make_refill):
-  """What a run compiles, in the order in which it needs it."""
-  needs = [
-    (max(phase.start, start), 1, phase.active)
-    for phase in schedule.phases(run.config)
-    if phase.active and phase.stop > start
-  ]
-  if make_refill:
-    needs += [
-      (s, 0, REFILL) for s in schedule.refills(run.config) if s >= start
-    ]
-  jobs = {}
-  for *_, key in sorted(needs, key=lambda need: need[:2]):
-    make = make_refill if key == REFILL else partial(make_step, active=key)
-    jobs[key] = partial(make, run)
-  return jobs
-
-
-def _work(config, start, filled) -> Counter:
-  """How often what is to be done from a step on, its baseline included."""
-  work = Counter()
-  for phase in schedule.phases(config):
-    work[phase.active] += max(phase.stop - max(phase.start, start), 0)
-  if config.baseline:
-    first, last = schedule.learning_steps(config, "segmenter")
-    work["segmenter",] += last - first
-  if filled:
-    work[REFILL] = sum(s >= start for s in schedule.refills(config))
-  work[SAVE] = len(schedule.saves(config, start))
-  return work
-
-
-def _pass(run, state, _):
-  """A step in which no network learns: it is counted, and has no metrics."""
-  like = run.abstract.step
-  step = np.asarray(int(state.step) + 1, like.dtype)
-  return state.replace(
-    step=jax.make_array_from_callback((), like.sharding, lambda _: step)
-  ), {}
-
-
-def _stopped(reason: str, step: int) -> str:
-  if not step:
-    return f"{reason}: stopped before the first step; the same command starts"
-  return f"{reason}: stopped after step {step}, saved; the same command resumes"
-
-
-def _check_finite(workdir, pools, step, metrics):
-  """Raises with a dump if objective, gradients or parameters are not finite."""
-  guarded = {
-    k: float(v)
-    for k, v in metrics.items()
-    if k == "loss/total" or k.startswith(("grad_norm/", "param_norm/"))
-  }
-  if all(np.isfinite(v) for v in guarded.values()):
-    return
-  path = workdir / f"nonfinite_step_{step}.json"
-  if jax.process_index() == 0:
-    numbers = {k: str(float(v)) for k, v in metrics.items()}
-    dump = {"step": step, "cases": pools.ids(step), "metrics": numbers}
-    files.write(path, json.dumps(dump, indent=2))
-  raise FloatingPointError(
-    f"step {step} is not finite ({guarded}); its cases and norms are in"
-    f" {path}. Lower the learning rate or look at these cases; the last"
-    " checkpoint is intact"
-  )
+    session.close()

@@ -3,10 +3,15 @@
 Spans of steps are (from, to): the first, and the one after the last.
 """
 
+from collections import Counter
+from collections.abc import Hashable
 from itertools import pairwise
 from typing import NamedTuple
 
 from fairdiff_jax.objectives.joint import NETWORKS
+
+# Kinds of work besides steps, whose kind is the networks that learn.
+REFILL, SAVE = "the generators of synthetic cases", "checkpoint"
 
 
 class Phase(NamedTuple):
@@ -83,6 +88,47 @@ def refills(config) -> list[int]:
     return []
   first = learning_steps(config, "segmenter")[0]
   return list(range(first, last + 1, config.bank.every or 1))
+
+
+def last_step(config) -> int:
+  """The step after the last in which a network learns."""
+  return max((p.stop for p in phases(config) if p.active), default=0)
+
+
+def needs(config, start: int, filled: bool) -> list[Hashable]:
+  """What a run compiles from a step on, in the order in which it needs it.
+
+  Args:
+    config: the run's config.
+    start: the step.
+    filled: whether the run's banks have cases.
+
+  Returns:
+    The active networks of each phase, and REFILL.
+  """
+  order = [
+    (max(phase.start, start), 1, phase.active)
+    for phase in phases(config)
+    if phase.stop > start
+  ]
+  if filled:
+    order += [(step, 0, REFILL) for step in refills(config) if step >= start]
+  order.sort(key=lambda need: need[:2])
+  return list(dict.fromkeys(kind for *_, kind in order))
+
+
+def work(config, start: int, filled: bool) -> Counter[Hashable]:
+  """How often a run does what from a step on, its baseline included."""
+  counts = Counter()
+  for phase in phases(config):
+    counts[phase.active] += max(phase.stop - max(phase.start, start), 0)
+  if config.baseline:
+    first, last = learning_steps(config, "segmenter")
+    counts["segmenter",] += last - first
+  if filled:
+    counts[REFILL] = sum(step >= start for step in refills(config))
+  counts[SAVE] = len(saves(config, start))
+  return counts
 
 
 def due(step: int, every: int) -> bool:
