@@ -81,7 +81,7 @@ def batches(
     total=-(-number // size),
     initial=first,
     leave=False,
-    disable=jax.process_index() != 0,
+    disable=number <= size or jax.process_index() != 0,
   )
 
 
@@ -147,9 +147,7 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
   def generate(inference, seed, number, group, title="cases"):
     number, group = np.asarray(number), np.asarray(group)
     base = _key(seed)
-    rows = [slice(0, len(number))]
-    if len(number) > config.batch_size:
-      rows = batches(len(number), config.batch_size, title)
+    rows = batches(len(number), config.batch_size, title)
     return join(
       [generate_batch(inference, base, number[i], group[i]) for i in rows],
       shape,
