@@ -12,7 +12,8 @@ alone, on real cases, as published). The last three start from weights:
 --config.image.weights=DIR, --config.segmenter.weights=FILE.
 """
 
-from configs.base import base_config, shrink_points
+from configs.phantom import shrink_points
+from fairdiff_jax.config import defaults
 
 
 def get_config(variant: str = ""):
@@ -21,7 +22,7 @@ def get_config(variant: str = ""):
       f"unknown variant {variant!r} of fairseg; use one of"
       f" {', '.join(map(repr, VARIANTS))}"
     )
-  config = base_config()
+  config = defaults()
   config.image.channels = (64, 128, 256)
   config.image.attention = (False, True, True)
   config.image.num_blocks = 2
@@ -29,9 +30,8 @@ def get_config(variant: str = ""):
   config.objective.agreement = 0.1
   config.fairness.method = "variance"
   config.train.steps = 30_000
-  config.train.points = (0, 30_000)
-  config.train.image = (5_000, 30_000)
-  config.train.segmenter = (15_000, 30_000)
+  config.train.image = (5 / 30, 1.0)
+  config.train.segmenter = (0.5, 1.0)
   config.train.generation_batch = config.train.segmentation_batch = 32
   config.bank.every = 5_000
   config.checkpoint.every = 1_000
@@ -49,9 +49,8 @@ def _small(config):
   config.segmenter.channels = (16, 32, 48)
   config.segmenter.patch = 4
   config.train.steps = 1_700
-  config.train.points = (0, 1_700)
-  config.train.image = (700, 1_700)
-  config.train.segmenter = (1_100, 1_700)
+  config.train.image = (7 / 17, 1.0)
+  config.train.segmenter = (11 / 17, 1.0)
   config.train.generation_batch = config.train.segmentation_batch = 16
   config.bank.every = 300
   config.checkpoint.every = 300
@@ -87,6 +86,7 @@ def _segmenter_alone(config):
   config.fairness.method = "erm"
   config.fairness.strategy = "none"
   config.train.points = config.train.image = (0, 0)
+  config.train.segmenter = (0.0, 1.0)
   config.baseline = False
 
 
@@ -108,7 +108,6 @@ def _samed(config):
   config.optimizer.segmenter.weight_decay = 0.1
   config.optimizer.segmenter.clip_norm = 0.0
   config.train.steps = 30_400  # 160 epochs of 8,000 cases
-  config.train.segmenter = (0, 30_400)
   config.train.segmentation_batch = 42
 
 
@@ -130,7 +129,6 @@ def _transunet(config):
   config.optimizer.segmenter.warmup_steps = 0
   config.optimizer.segmenter.clip_norm = 0.0
   config.train.steps = 100_000  # 300 epochs of 8,000 cases
-  config.train.segmenter = (0, 100_000)
   config.train.segmentation_batch = 24
 
 

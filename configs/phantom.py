@@ -5,22 +5,25 @@
 Variants: '' (the quickstart), 'smoke' (seconds; for tests).
 """
 
-from configs.base import base_config, shrink_points
+from ml_collections import ConfigDict
+
+from fairdiff_jax.config import defaults
+
+VARIANTS = ("", "smoke")
 
 
 def get_config(variant: str = ""):
-  if variant not in ("", "smoke"):
+  if variant not in VARIANTS:
     raise ValueError(f"unknown variant {variant!r} of phantom; use '' or smoke")
-  config = base_config()
+  config = defaults()
   config.data.source = "phantom"
   config.data.size = (64, 64)
   shrink_points(config)
   config.image.channels = (48, 64)
 
   config.train.steps = 1300
-  config.train.points = (0, 1300)
-  config.train.image = (600, 1300)
-  config.train.segmenter = (1000, 1300)
+  config.train.image = (600 / 1300, 1.0)
+  config.train.segmenter = (1000 / 1300, 1.0)
   config.bank.every = 150
   config.checkpoint.every = 300
   config.evaluation.synthetic_per_group = 32
@@ -45,8 +48,8 @@ def get_config(variant: str = ""):
     config.points.flow_width = 16
     config.points.decoder_widths = (16, 16)
     config.train.steps = 8
-    config.train.points = config.train.image = (0, 8)
-    config.train.segmenter = (2, 8)
+    config.train.image = (0.0, 1.0)
+    config.train.segmenter = (0.25, 1.0)
     config.train.generation_batch = config.train.segmentation_batch = 8
     config.bank.every = 4
     config.bank.batch_size = 8
@@ -56,3 +59,17 @@ def get_config(variant: str = ""):
     config.evaluation.batch_size = 8
     config.evaluation.synthetic_per_group = 4
   return config.lock()
+
+
+def shrink_points(config: ConfigDict):
+  """A mask generator that learns in a thousand steps on a CPU."""
+  config.data.num_points = config.points.num_points = 128
+  config.points.latent_dim = 32
+  config.points.encoder_widths = (64, 64, 128, 128)
+  config.points.head_widths = (64, 64)
+  config.points.flow_depth = 6
+  config.points.flow_width = 64
+  config.points.decoder_widths = (64, 128, 128, 64)
+  config.points.kl_weight = 2e-3  # so that few steps fit the prior
+  config.optimizer.points.learning_rate = 4e-3
+  config.bank.harmonics = 2

@@ -1,5 +1,6 @@
 """A whole experiment: data, joint training, baseline, report."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from fairdiff_jax.config import data_directory
+from fairdiff_jax import config as configs
+from fairdiff_jax import files
+from fairdiff_jax.data import fairseg
 from fairdiff_jax.data.attributes import OTHER, small_groups
-from fairdiff_jax.data.fairseg import Cases, load, prepare, require_prepared
-from fairdiff_jax.evaluation.evaluate import definitions_of, evaluate
+from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
 
@@ -19,7 +21,7 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
   """The same segmenter and steps on real data alone, without regularizer."""
   baseline = config.copy_and_resolve_references()
   with baseline.unlocked():
-    start, stop = config.train.segmenter
+    start, stop = configs.span(config, "segmenter")
     baseline.train.steps = stop - start
     baseline.train.segmenter = (0, stop - start)
     baseline.train.points = baseline.train.image = (0, 0)
@@ -29,18 +31,15 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
   return baseline
 
 
-def pool_small_groups(config: ConfigDict, cases: Cases) -> ConfigDict:
+def pool_small_groups(config: ConfigDict, cases: fairseg.Cases) -> ConfigDict:
   """Names the groups that have too few training cases in `data.pooled`."""
   pooled = small_groups(
     config.data.attribute, cases.attributes, config.data.min_cases
   )
-  if not pooled:
-    return config
-  if jax.process_index() == 0:
-    print(
+  if pooled:
+    _say(
       f"groups with fewer than {config.data.min_cases} training cases, pooled"
-      f" as {OTHER}: {', '.join(pooled)}",
-      file=sys.stderr,
+      f" as {OTHER}: {', '.join(pooled)}"
     )
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -48,38 +47,73 @@ def pool_small_groups(config: ConfigDict, cases: Cases) -> ConfigDict:
   return config
 
 
+def _say(message: str):
+  if jax.process_index() == 0:
+    print(message, file=sys.stderr)
+
+
 def _meet(name: str):
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def run(config: ConfigDict, workdir: str | Path) -> bool:
+def run(
+  config: ConfigDict, workdir: str | Path, *, proceed: bool = False
+) -> bool:
   """Runs an experiment, or goes on with it.
 
   Args:
     config: what to do.
     workdir: the run's directory; the report is in its `report`.
+    proceed: whether an existing run may go on with another config than it had.
 
   Returns:
-    True if it is complete, False if SIGTERM stopped it.
+    True if it is complete, False if it was asked to stop.
+
+  Raises:
+    ValueError: the config cannot run, the directory belongs to a run of another
+      config or data, or another process writes to it.
   """
-  workdir = Path(workdir)
-  definitions_of(config.evaluation)  # known only at the end otherwise
-  directory = data_directory(config, workdir)
+  configs.check(config, jax.device_count())
+  files.require_plain(workdir, "--workdir")
+  if not proceed:
+    configs.require(workdir, config)
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(files.owned(workdir))
+    return _run(config, Path(workdir), proceed)
+
+
+def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
+  directory = configs.data_directory(config, workdir)
   if config.data.source == "phantom":
     # Gloo gives up after 30 s when processes first meet, but not later.
     _meet("start")
     if jax.process_index() == 0:
-      prepare(config.data, directory)
+      fairseg.prepare(config.data, directory)
     _meet("data")
-  require_prepared(config.data, directory)
-  cases = load(directory, "train")
+  fairseg.require_prepared(config.data, directory)
+  cases = fairseg.load(directory, "train")
   config = pool_small_groups(config, cases)
-  if train(config, workdir, cases, make_refill=make_refill) is None:
+  data = fairseg.digest(directory)
+  state = train(
+    config,
+    workdir,
+    cases,
+    data=data,
+    make_refill=make_refill,
+    proceed=proceed,
+  )
+  if state is None:
     return False
-  if config.baseline:
+  if config.baseline and "segmenter" in state.params:
     state = train(
-      baseline_config(config), workdir / "baseline", cases, name="baseline"
+      baseline_config(config),
+      workdir / "baseline",
+      cases,
+      data=data,
+      name="baseline",
+      proceed=proceed,
     )
     if state is None:
       return False

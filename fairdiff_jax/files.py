@@ -12,7 +12,9 @@ import json
 import math
 import os
 import shutil
+import socket
 import threading
+import time
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 import numpy as np
 
 LEFTOVER = "incomplete_"  # how a directory is called while it is filled
+OWNER = "owner.json"  # who writes to a directory
+SILENT = 120  # seconds after which the owner on another host is taken for dead
 # What a spreadsheet takes for the start of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # Characters that the libraries below take for patterns or separators.
@@ -94,6 +98,85 @@ def sweep(directory: str | os.PathLike) -> None:
       shutil.rmtree(path, ignore_errors=True)
     else:
       path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def owned(directory: str | os.PathLike) -> Iterator[None]:
+  """Makes this process the only one that writes to a directory, meanwhile.
+
+  Readers need not ask. Of an owner that was killed on this host, or whose host
+  has shown no sign of life for `SILENT` seconds, the directory is taken over.
+
+  Raises:
+    ValueError: another process owns it.
+  """
+  path = Path(directory) / OWNER
+  path.parent.mkdir(parents=True, exist_ok=True)
+  mine = {"host": socket.gethostname(), "process": os.getpid()}
+  text = json.dumps(mine | {"started": _started(os.getpid())}) + "\n"
+  for _ in range(2):  # the second time, where there was an owner who is gone
+    try:
+      with _naming(path), path.open("x") as file:
+        file.write(text)
+      break
+    except FileExistsError:
+      _require_gone(path)
+      path.unlink(missing_ok=True)
+  else:
+    _require_gone(path)  # another was faster
+  ended = threading.Event()
+
+  def beat():
+    while not ended.wait(SILENT / 6):
+      with contextlib.suppress(OSError):
+        path.touch()
+
+  threading.Thread(target=beat, daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
+    with contextlib.suppress(OSError, ValueError):
+      if path.read_text() == text:
+        path.unlink()
+
+
+def _require_gone(path: Path) -> None:
+  """Raises ValueError if a directory's owner may be alive."""
+  try:
+    owner = read_json(path)
+    host, process = owner["host"], owner["process"]
+    silent = time.time() - path.stat().st_mtime
+  except FileNotFoundError:
+    return
+  except (KeyError, ValueError):  # killed while it wrote
+    host, process, silent = "unknown", 0, time.time() - path.stat().st_mtime
+    owner = {}
+  if host == socket.gethostname():
+    alive = _started(process) == owner.get("started") is not None
+  else:
+    alive = silent < SILENT
+  if alive:
+    raise ValueError(
+      f"{path.parent} is in use by process {process} on {host}, as {path} says;"
+      " wait for it or stop it, or give another directory"
+    )
+
+
+def _started(process: int) -> str | None:
+  """When a process of this host started; None if there is none such."""
+  try:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+    return fields.split()[19]
+  except (OSError, IndexError):
+    pass
+  try:  # where there is no /proc
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return None
+  except OSError:
+    pass
+  return "unknown"
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from fairdiff_jax.data import statistics
-from fairdiff_jax.training.loop import describe_batch, make_step, setup
+from fairdiff_jax.training.setup import describe_batch, make_step, setup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
 FIELD = flags.DEFINE_string("field", "fairness.method", "Field to vary.")

@@ -32,7 +32,7 @@ from fairdiff_jax.data import statistics
 from fairdiff_jax.models.transunet import TransUNet
 from fairdiff_jax.objectives.segmentation import NUM_CLASSES
 from fairdiff_jax.training.checkpoint import network
-from fairdiff_jax.training.loop import make_step, setup
+from fairdiff_jax.training.setup import make_step, setup
 from fairdiff_jax.training.start import start_from_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))

@@ -1,44 +1,190 @@
-"""Running a launch script: user errors as one line, others as a traceback."""
+"""What the launch scripts share: flags, help, and errors as users read them.
 
+A script's flags are absl's. One that takes a config asks `config()` for it: the
+recipe that --config names, or else the config of the run in --workdir, with the
+fields that --config.FIELD=VALUE changes, checked whole. Scripts import what is
+slow to import in `main`, so that what is wrong with a command is said at once.
+"""
+
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from fairdiff_jax import config as configs
+
+RECIPES = Path(__file__).resolve().parents[1] / "configs"
+HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull", "--helpshort")
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(
+  main: Callable[[Sequence[str]], int | None],
+  *,
+  takes_config: bool = False,
+  arguments: str = "",
+) -> None:
   """Parses the flags and calls `main`, whose result is the exit status.
 
   What the library raises for bad input, ValueError and OSError (such as
-  FileNotFoundError), for a step that is not finite (FloatingPointError), for
-  an optional package that is missing (ImportError), and a flag that names no
-  field of the config are printed as one line, `error: ...`, with exit status
-  1; --verbosity=1 shows their traceback. Anything else is a fault and keeps
-  its traceback.
+  FileNotFoundError), for a step that is not finite (FloatingPointError) and for
+  an optional package that is missing (ImportError), and flags that cannot be
+  read are printed as `error: ...` with exit status 1; --verbosity=1 shows their
+  traceback. Anything else is a fault and keeps its traceback.
+
+  Args:
+    main: called with the arguments that are no flags.
+    takes_config: whether there is a config; `config()` returns it.
+    arguments: what arguments besides flags are; '' where there are none.
   """
+  if set(HELP) & set(sys.argv[1:]):
+    print(_help(takes_config, arguments))
+    return
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    try:
+      return _parse(list(argv), takes_config, arguments)
+    except (flags.Error, ValueError, OSError) as error:
+      sys.exit(_fail(error))
 
   def guarded(argv: Sequence[str]) -> int | None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' INFO is long
     try:
-      return main(argv)
+      return main(argv[1:])
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
       logging.debug("Traceback", exc_info=True)
-      return _fail(str(error))
+      return _fail(error)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  app.run(guarded, flags_parser=parse)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def config() -> ConfigDict:
+  """The config that the command asks for.
+
+  Raises:
+    ValueError: it asks for none, or for one that cannot run.
+  """
+  asked = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  if asked is None:
+    raise ValueError(
+      "give --config FILE, or as --workdir the directory of a run"
+    )
+  configs.check(asked)
+  return asked
+
+
+def recipe(name: str) -> ConfigDict:
+  """The config of FILE or FILE:VARIANT.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: no recipe, or no such variant.
+  """
+  path, _, variant = name.partition(":")
+  if not Path(path).is_file():
+    known = ", ".join(f"configs/{module}.py" for module in _recipes())
+    raise FileNotFoundError(
+      f"--config {path} does not exist; there are {known}"
+    )
+  spec = importlib.util.spec_from_file_location("recipe", path)
+  if spec is None or spec.loader is None:
+    raise ValueError(f"--config {path} is no Python file")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"--config {path} is no recipe: it has no get_config()")
+  return module.get_config(variant)
+
+
+def _parse(argv, takes_config, arguments):
+  asked = None
+  if takes_config:
+    argv, named = _take(argv, "config")
+    workdir = _take(argv, "workdir")[1]
+    record = configs.find_record(workdir) if workdir else None
+    if named is not None:
+      asked = recipe(named)
+    elif record:
+      asked = record.config
+    if asked is None and any("-config." in text for text in argv):
+      raise ValueError(
+        "--config.FIELD=VALUE changes a config: give --config FILE, or as"
+        " --workdir the directory of a run"
+      )
+  flags.FLAGS.set_gnu_getopt(True)
   try:
-    return app.parse_flags_with_usage(argv)
+    if asked is not None:
+      config_flags.DEFINE_config_dict("config", asked, sys_argv=argv)
+    argv = flags.FLAGS(argv)
   except AttributeError as error:
     # ml_collections, of --config.x: AttributeError(KeyError("'x' Did you ..."))
     cause = error.args[0]
     text = cause.args[0] if isinstance(cause, KeyError) else cause
-    sys.exit(_fail(f"the config has no field {text}"))
+    text = " ".join(str(text).split())
+    raise ValueError(f"the config has no field {text}") from error
+  stray = argv[1:]
+  if stray and not arguments:
+    raise ValueError(
+      f"nothing is known of {' '.join(map(repr, stray))}: flags start with two"
+      " hyphens, such as --config.seed=3, and lists are joined by commas, such"
+      " as --counts Asian=2,Black=2"
+    )
+  return argv
 
 
-def _fail(message: str) -> int:
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _take(argv, name):
+  """Removes --name VALUE or --name=VALUE: (the rest, the value or None)."""
+  rest, value, left = [], None, iter(argv)
+  for text in left:
+    if text in (f"--{name}", f"-{name}"):
+      value = next(left, "")
+    elif text.startswith((f"--{name}=", f"-{name}=")):
+      value = text.partition("=")[2]
+    else:
+      rest.append(text)
+  return rest, value
+
+
+def _recipes():
+  """Modules in `configs/` that are recipes, by name."""
+  modules = {
+    path.stem: importlib.import_module(f"configs.{path.stem}")
+    for path in sorted(RECIPES.glob("*.py"))
+  }
+  return {k: v for k, v in modules.items() if hasattr(v, "get_config")}
+
+
+def _help(takes_config, arguments):
+  script = sys.modules["__main__"]
+  lines = [script.__doc__ or "", "Flags:"]
+  for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+    default = "" if flag.default is None else f" (default: {flag.default})"
+    lines.append(f"  --{flag.name:<14} {flag.help}{default}")
+  if arguments:
+    lines += ["", f"Arguments: {arguments}"]
+  if takes_config:
+    lines.append(
+      "  --config         Recipe, FILE or FILE:VARIANT; without it, the config"
+      " of the run\n                   in --workdir."
+    )
+    lines += ["", "Recipes:"]
+    for name, module in _recipes().items():
+      variants = ", ".join(filter(None, module.VARIANTS))
+      summary = module.__doc__.splitlines()[0]
+      lines.append(f"  configs/{name}.py  {summary} Variants: {variants}")
+    lines += ["", "Fields, with their defaults before a recipe changes them:"]
+    lines += [
+      f"  --config.{name}={field.default!r}\n      {field.doc}; {field.allowed}"
+      for name, field in configs.all_fields().items()
+    ]
+  return "\n".join(lines)
+
+
+def _fail(error: Exception) -> int:
+  lines = [line.rstrip() for line in str(error).splitlines()]
+  print("error:", "\n".join(filter(None, lines)), file=sys.stderr)
   return 1

@@ -13,11 +13,7 @@ import json
 import os
 
 import cli
-import jax
 from absl import flags
-from ml_collections import config_flags
-
-from fairdiff_jax.training import ahead_of_time
 
 # libtpu asks what machine it runs on, and waits for answers that nobody gives.
 NO_TPU = {
@@ -26,21 +22,23 @@ NO_TPU = {
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "TPUs, all chips.")
 CASES = flags.DEFINE_integer(
   "cases_per_chip", 4, "Sets both batches: so many cases on every chip."
 )
 JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
-flags.mark_flag_as_required("config")
 
 
 def main(_):
+  config = cli.config()
+  import jax
+
+  from fairdiff_jax.training import ahead_of_time
+
   jax.config.update("jax_platforms", "cpu")  # where the keys are
   for name, value in NO_TPU.items():
     os.environ.setdefault(name, value)
   devices = ahead_of_time.tpu_devices(TOPOLOGY.value)
-  config = CONFIG.value
   with config.unlocked():
     batch = CASES.value * len(devices)
     config.train.generation_batch = config.train.segmentation_batch = batch
@@ -71,4 +69,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, takes_config=True)

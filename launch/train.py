@@ -1,17 +1,21 @@
 """Trains a run and reports on it; the same command resumes it.
 
-python launch/train.py --config configs/phantom.py --workdir runs/quickstart
+  python launch/train.py --config configs/phantom.py --workdir runs/quickstart
+
+A run knows its config: to go on, --workdir is enough. To go on differently
+from its newest checkpoint, say so; what was changed is recorded:
+
+  python launch/train.py --workdir runs/quickstart --continue \\
+    --config.train.steps=3000
 """
 
 import cli
-import jax
 from absl import flags
-from ml_collections import config_flags
 
-from fairdiff_jax import experiment
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+CONTINUE = flags.DEFINE_bool(
+  "continue", False, "Go on with another config than the run had so far."
+)
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of many processes; on a cluster, found by itself."
 )
@@ -20,17 +24,23 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
 PROCESS = flags.DEFINE_integer("process", None, "Index of this process.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("workdir")
 
 
 def main(_):
+  config = cli.config()
+  import jax
+
+  from fairdiff_jax import experiment
+
   if DISTRIBUTED.value:
     jax.distributed.initialize(
       COORDINATOR.value, PROCESSES.value, PROCESS.value
     )
-  if experiment.run(CONFIG.value, WORKDIR.value) and jax.process_index() == 0:
+  complete = experiment.run(config, WORKDIR.value, proceed=CONTINUE.value)
+  if complete and jax.process_index() == 0:
     print(f"report: {WORKDIR.value}/report/index.html")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, takes_config=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fairdiff_jax.training import checkpoint
+from fairdiff_jax.training.banks import bank_directory, prune
 from fairdiff_jax.training.checkpoint import Checkpoints, fingerprint
-from fairdiff_jax.training.loop import _prune, bank_name
 from fairdiff_jax.training.step import TrainState
 
 
@@ -227,9 +227,9 @@ def test_fingerprint_sees_names_types_and_values():
 
 def test_prune_keeps_the_banks_that_are_needed(tmp_path):
   for step in (2, 6, 10):
-    (tmp_path / bank_name(step)).mkdir()
-  _prune(tmp_path, {bank_name(6), bank_name(10)})
-  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    bank_directory(tmp_path, step).mkdir(parents=True)
+  prune(tmp_path, {6, 10})
+  assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == [
     "step_00000006",
     "step_00000010",
   ]

@@ -17,7 +17,7 @@ from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.synthesis import export
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import Checkpoints
-from fairdiff_jax.training.loop import setup
+from fairdiff_jax.training.setup import setup
 
 COUNTS = ["White=6", "asian=5"]  # with batches of 8, the second is part full
 FILES = [f"data_{i:05d}.npz" for i in range(1, 12)]

@@ -5,7 +5,12 @@ import errno
 import io
 import itertools
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairdiff_jax import files
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -184,3 +191,37 @@ def test_digest(tmp_path):
   files.write(path, json.dumps({}))
   empty = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
   assert files.sha256(path) == empty
+
+
+HOLD = """
+import sys, time
+from fairdiff_jax import files
+with files.owned(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_directory_has_one_owner(tmp_path):
+  command = [sys.executable, "-c", HOLD, str(tmp_path)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as other:
+    assert other.stdout.readline() == b"held\n"
+    message = f"in use by process {other.pid} on {socket.gethostname()}"
+    with pytest.raises(ValueError, match=message), files.owned(tmp_path):
+      pass
+    other.kill()
+  for _ in range(2):  # a dead owner's, then one that was given back
+    with files.owned(tmp_path):
+      assert json.loads((tmp_path / files.OWNER).read_text())["process"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_owner_on_another_host_is_believed_while_it_breathes(tmp_path):
+  path = tmp_path / files.OWNER
+  path.write_text(json.dumps({"host": "elsewhere", "process": 1}))
+  with pytest.raises(ValueError, match="process 1 on elsewhere"):
+    files.owned(tmp_path).__enter__()
+  silent = time.time() - files.SILENT - 1
+  os.utime(path, (silent, silent))
+  with files.owned(tmp_path):
+    assert "elsewhere" not in path.read_text()

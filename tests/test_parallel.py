@@ -13,7 +13,6 @@ from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
 from fairdiff_jax.objectives.joint import NETWORKS, init_fairness
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import Checkpoints, join, split
-from fairdiff_jax.training.loop import make_step, setup
 from fairdiff_jax.training.mesh import (
   host_slice,
   make_mesh,
@@ -21,6 +20,7 @@ from fairdiff_jax.training.mesh import (
   to_host,
   tree_shardings,
 )
+from fairdiff_jax.training.setup import make_step, setup
 from fairdiff_jax.training.step import compile_step
 
 METHODS = ("erm", "variance", "worst", "mmd", "group_dro", "febs")

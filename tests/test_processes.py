@@ -16,8 +16,8 @@ import pytest
 
 from fairdiff_jax.config import load
 from fairdiff_jax.training.checkpoint import Checkpoints, join
-from fairdiff_jax.training.loop import setup
 from fairdiff_jax.training.mesh import to_host
+from fairdiff_jax.training.setup import setup
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 600  # seconds; a cluster that hangs fails the test

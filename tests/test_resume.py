@@ -63,7 +63,7 @@ def wait_for_checkpoint(step):
 def die_before_bank_is_complete(checkpoint=None):
   rename = Path.rename
   def patched(self, target):
-    if self.name.startswith("tmp_step_"):
+    if self.name.startswith("incomplete_step_"):
       if checkpoint:  # saved in the background
         wait_for_checkpoint(checkpoint)
       die(None)

@@ -6,7 +6,7 @@ import pytest
 
 from configs import phantom, phantom_study
 from fairdiff_jax import experiment, study
-from fairdiff_jax.training.loop import active_networks
+from fairdiff_jax.training.schedule import active_networks
 
 METHODS = {
   "ERM": {"fairness.method": "erm"},

@@ -18,8 +18,9 @@ from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
 from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.checkpoint import network, restore_inference
-from fairdiff_jax.training.loop import Setup, case_groups, setup
 from fairdiff_jax.training.mesh import map_batch
+from fairdiff_jax.training.pools import case_groups
+from fairdiff_jax.training.setup import Setup, setup
 
 BASELINE = "Baseline (ERM)"
 

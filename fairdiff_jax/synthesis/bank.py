@@ -1,34 +1,59 @@
-"""The bank: the synthetic cases that a run's segmenter learns from.
+"""Filling the bank: synthetic cases that a run's segmenter learns from.
 
-It lies in `<workdir>/bank/step_XXXXXXXX`, complete or absent, so that a run
-that starts again finds it.
+Batches are written as they are made, so that a refill that is stopped goes on
+after the last of them, to the very same bank.
 """
 
 import json
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from fairdiff_jax.synthesis.generate import Generated, make_generator
-from fairdiff_jax.training.checkpoint import split
-from fairdiff_jax.training.loop import Setup, Synthetic
+from fairdiff_jax import files
+from fairdiff_jax.synthesis.generate import (
+  Generated,
+  batches,
+  join,
+  make_generator,
+)
+from fairdiff_jax.training.banks import (
+  CASES,
+  MANIFEST,
+  RECORD,
+  Synthetic,
+  read_bank,
+  read_record,
+  remedy,
+)
+from fairdiff_jax.training.checkpoint import fingerprint, split
+from fairdiff_jax.training.mesh import from_first_host
+from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.step import TrainState
 
+BANK = 1  # tells the noise of banks from that of other synthetic cases
+UNFINISHED = "unfinished"  # batches of a bank that is being filled
 
-def make_refill(run: Setup) -> Callable[..., Synthetic]:
+
+def make_refill(run: Setup) -> Callable[..., Synthetic | None]:
   """Compiles the generators of a run's bank.
 
   Returns:
-    (state, step, sizes [G], quota [G], directory) -> the bank's cases, the
-    same on every host: read if the directory is there, else generated from
-    the state's averages and written.
+    (state, step, sizes [G], quota [G], directory, stop=, say=) -> the bank's
+    cases, the same on every host: read if the directory is there and was made
+    from this state, else generated from the state's averages and written; None
+    if `stop()` gave True between two batches. `say` prints a line.
+
+    A mask that stays unsound is left out, with a notice. It raises ValueError
+    if more than half of a group's are, or the bank that is there is damaged.
   """
   generate = make_generator(run)
+  names = run.objective.group_names
+  shape = tuple(run.config.data.size)
   first_host = jax.process_index() == 0
 
   def refill(
@@ -37,56 +62,130 @@ def make_refill(run: Setup) -> Callable[..., Synthetic]:
     sizes: np.ndarray,
     quota: np.ndarray,
     directory: Path,
-  ) -> Synthetic:
-    if not directory.exists():
-      group = np.repeat(np.arange(len(quota), dtype=np.int32), quota)
+    *,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+  ) -> Synthetic | None:
+    group = np.repeat(np.arange(len(quota), dtype=np.int32), quota)
+    averages = split(state)["inference"]
+    source = fingerprint({"averages": averages, "group": group})
+    # One host looks, so that all do the same.
+    found = from_first_host(first_host and _is_made_from(directory, source))
+    if not found:
       # Every bank is new: its noise is of its own step.
-      seed = run.config.seed * 1_000_003 + step
+      seed = (run.config.seed, step, BANK)
+      folder = directory.parent / UNFINISHED / f"{directory.name}_{source[:16]}"
+      done = from_first_host(_start(folder) if first_host else 0)
       size = run.config.bank.batch_size
-      inference = split(state)["inference"] | {"imported": state.imported}
-      chunks = [
-        generate(inference, seed, np.arange(len(group))[rows], group[rows])
-        for rows in tqdm(
-          [slice(i, i + size) for i in range(0, len(group), size)],
-          desc=f"bank at step {step}",
-          unit="batch",
-          leave=False,
-          disable=not first_host,
+      inference = averages | {"imported": state.imported}
+      title = f"bank at step {step}"
+      for rows in batches(len(group), size, title, first=done):
+        if stop():
+          return None
+        cases = generate(
+          inference, seed, np.arange(len(group))[rows], group[rows]
         )
-      ]
+        if first_host:
+          path = folder / f"{rows.start // size:05d}.npz"
+          files.write(path, files.npz_bytes(cases._asdict()))
       if first_host:
-        if not chunks:
-          empty = np.empty((0, *run.config.data.size), np.uint8)
-          chunks = [Generated(empty, empty, np.empty(0, int))]
-        cases = Generated(*map(np.concatenate, zip(*chunks, strict=True)))
+        cases = join([_read(path) for path in _finished(folder)], shape)
         facts = {"synthetic": True, "step": step, "seed": seed}
-        names = run.objective.group_names
-        _write(directory, cases, group, sizes, names, facts)
+        try:
+          unsound = _count_unsound(cases, group, names)
+        except ValueError:
+          shutil.rmtree(folder.parent)  # what is changed may be no other state
+          raise
+        _write(directory, cases, group, sizes, names, facts, unsound, source)
+        shutil.rmtree(folder.parent)
+        if unsound:
+          say(
+            f"{title}: {int((~cases.sound).sum())} of {len(group)} masks are"
+            f" still unsound after {run.config.bank.max_attempts} draws each"
+            f" ({unsound}); real cases stand in for them"
+          )
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"bank {step}")
-    with np.load(directory / "cases.npz", allow_pickle=False) as cases:
-      return Synthetic(*(cases[field] for field in Synthetic._fields))
+    return read_bank(directory, shape, len(names))
 
   return refill
 
 
-def _write(directory, cases, group, sizes, names, facts):
-  temporary = directory.with_name("tmp_" + directory.name)
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  np.savez_compressed(
-    temporary / "cases.npz",
-    image=cases.image,
-    mask=cases.mask,
-    group=group,
-    sizes=sizes,
-  )
-  with (temporary / "manifest.jsonl").open("w") as file:
-    for i, g in enumerate(group):
-      record = {
+def _is_made_from(directory: Path, source: str) -> bool:
+  """Whether a bank is there; removes one that was made from another state.
+
+  A run that goes on from an earlier step comes to the same state again on a
+  CPU, and nearly so on other devices.
+  """
+  if not directory.exists():
+    return False
+  if read_record(directory)["source"] == source:
+    return True
+  shutil.rmtree(directory)
+  return False
+
+
+def _start(folder: Path) -> int:
+  """Makes the folder of a bank's batches; how many of them are there."""
+  folder.mkdir(parents=True, exist_ok=True)
+  files.sweep(folder)
+  for other in folder.parent.iterdir():
+    if other != folder:
+      shutil.rmtree(other)
+  return len(_finished(folder))
+
+
+def _finished(folder: Path) -> list[Path]:
+  return sorted(folder.glob("*.npz"))
+
+
+def _read(path: Path) -> Generated:
+  arrays = files.read_npz(path)
+  absent = [name for name in Generated._fields if arrays.get(name) is None]
+  if absent:
+    raise ValueError(
+      f"{path} has no array {absent[0]!r}; {remedy(path.parent)}"
+    )
+  return Generated(**arrays)
+
+
+def _count_unsound(cases, group, names) -> dict[str, dict[str, int]]:
+  """Unsound masks by group and fault.
+
+  Raises:
+    ValueError: if more than half of a group's are.
+  """
+  counts = defaultdict(Counter)
+  for code, fault in zip(group, cases.fault.tolist(), strict=True):
+    if fault:
+      counts[names[code]][fault] += 1
+  for code, name in enumerate(names):
+    if 2 * counts[name].total() > (group == code).sum():
+      cases.take(group == code).require_sound(f"masks of {name}")
+  return {name: dict(found) for name, found in counts.items() if found}
+
+
+def _write(directory, cases, group, sizes, names, facts, unsound, source):
+  number = np.flatnonzero(cases.sound)
+  cases, group = cases.take(number), group[number]
+  with files.new_directory(directory) as temporary:
+    bank = Synthetic(cases.image, cases.mask, group, sizes)
+    files.write(temporary / CASES, files.npz_bytes(bank._asdict()))
+    lines = [
+      {
         "case": i,
-        "group": names[g],
+        "number": int(number[i]),
+        "group": names[code],
         "attempts": int(cases.attempts[i]),
       }
-      file.write(json.dumps(record | facts) + "\n")
-  temporary.rename(directory)
+      | facts
+      for i, code in enumerate(group)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    files.write(temporary / MANIFEST, text)
+    record = facts | {
+      "source": source,
+      "sha256": files.sha256(temporary / CASES),
+      "unsound": unsound,
+    }
+    files.write(temporary / RECORD, json.dumps(record, indent=2) + "\n")

@@ -23,7 +23,7 @@ from fairdiff_jax.data import npz
 from fairdiff_jax.data.attributes import attributes_of, group_code
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import fingerprint, restore_inference
-from fairdiff_jax.training.loop import setup
+from fairdiff_jax.training.setup import setup
 
 REQUEST = "request.json"
 SHOWN = 8  # cases of a group on the contact sheet
@@ -96,11 +96,12 @@ def export(
   bar = tqdm(missing, desc="export", unit="batch", disable=not first_host)
   for chunk in bar:
     cases = generate(inference, seed, number[chunk], group[chunk])
+    cases.require_sound()
     if first_host:
       for path, code, *case in zip(
         paths[chunk], group[chunk], *cases, strict=True
       ):
-        image, mask, attempts = case
+        image, mask, attempts, _ = case
         codes = attributes_of(attribute, names[code])
         npz.write_case(path, image, mask, codes, synthetic=1, attempts=attempts)
   if first_host:

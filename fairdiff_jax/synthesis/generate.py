@@ -5,21 +5,20 @@ alone, not of the cases beside it.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
-from fairdiff_jax.objectives.joint import Objective
 from fairdiff_jax.synthesis.audit import mask_fault
-from fairdiff_jax.training.checkpoint import network
-from fairdiff_jax.training.loop import Setup
-from fairdiff_jax.training.mesh import map_batch
+from fairdiff_jax.training.checkpoint import INFERENCE, network
+from fairdiff_jax.training.mesh import BATCH, map_batch
+from fairdiff_jax.training.setup import Setup
 
 
 class Generated(NamedTuple):
@@ -29,11 +28,61 @@ class Generated(NamedTuple):
     image: uint8 [n, H, W].
     mask: uint8 [n, H, W], 0 background, 1 rim, 2 cup.
     attempts: int [n], clouds drawn until the mask was sound.
+    fault: str [n], what is wrong with a mask that never was; '' for the others.
+      Such a case is of no use.
   """
 
   image: np.ndarray
   mask: np.ndarray
   attempts: np.ndarray
+  fault: np.ndarray
+
+  @property
+  def sound(self) -> np.ndarray:
+    """Which cases can be used, bool [n]."""
+    return self.fault == ""
+
+  def take(self, index: np.ndarray | slice) -> Self:
+    """Some of the cases."""
+    return type(self)(*(x[index] for x in self))
+
+  def require_sound(self, what: str = "masks") -> Self:
+    """The cases; raises ValueError if one is of no use.
+
+    Args:
+      what: names them in the message.
+    """
+    faults = Counter(self.fault[~self.sound].tolist())
+    if faults:
+      raise ValueError(
+        f"{faults.total()} of {len(self.fault)} {what} are still unsound after"
+        f" {self.attempts.max()} draws each ({dict(faults)}): the mask"
+        " generator is not trained enough. Train it longer before the segmenter"
+        " starts (train.segmenter), or lower bank.min_solidity"
+      )
+    return self
+
+
+def join(chunks: Sequence[Generated], size: tuple[int, int]) -> Generated:
+  """The cases of all chunks, whose images have a size (H, W)."""
+  image = np.empty((0, *size), np.uint8)
+  none = Generated(image, image, np.empty(0, int), np.empty(0, "U1"))
+  return Generated(*map(np.concatenate, zip(none, *chunks, strict=True)))
+
+
+def batches(
+  number: int, size: int, title: str, *, first: int = 0
+) -> Iterator[slice]:
+  """Batches of `number` cases under a progress bar, from batch `first` on."""
+  yield from tqdm(
+    [slice(i, i + size) for i in range(first * size, number, size)],
+    desc=title,
+    unit="batch",
+    total=-(-number // size),
+    initial=first,
+    leave=False,
+    disable=jax.process_index() != 0,
+  )
 
 
 def make_generator(run: Setup) -> Callable[..., Generated]:
@@ -43,82 +92,104 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
     run: set-up of the run.
 
   Returns:
-    (inference, seed, number [n], group [n]) -> Generated, with `inference`
-    the state's fields that `network` takes, `seed` that of all noise, and n
-    at most `bank.batch_size`.
+    (inference, seed, number [n], group [n], title='cases') -> Generated, with
+    `inference` the state's fields that `network` takes, `seed` that of all
+    noise, an integer or several, and any n; `title` names its progress bar.
   """
   config = run.config.bank
   shape = tuple(run.config.data.size)
-  draw_points, draw_images = _compiled(run.objective, run.mesh)
+  size = -(-config.batch_size // run.mesh.size) * run.mesh.size
+  draw_points, draw_images = _compile(run, size)
 
-  def call(function, variables, key, number, *arrays):
-    arrays = [np.asarray(x) for x in (number, *arrays)]
-    function = partial(function, variables, key)
-    return map_batch(function, arrays, run.mesh, config.batch_size)
+  def call(function, variables, key, *arrays):
+    key = np.asarray(jax.random.key_data(key))
+    arrays = [np.asarray(x, np.int32) for x in arrays]
+    return map_batch(
+      lambda *batch: function(variables, key, *batch), arrays, run.mesh, size
+    )
 
   def draw_masks(variables, base, number, group):
-    """A sound mask of every case, each drawn until it is one."""
+    """Masks, each drawn until it is sound or `max_attempts` are used up."""
     masks = np.zeros((len(number), *shape), np.uint8)
     attempts = np.zeros(len(number), int)
+    faults = [""] * len(number)
     pending = np.arange(len(number))
-    faults = Counter()
     for attempt in range(config.max_attempts):
       key = jax.random.fold_in(base, attempt)
       clouds = call(
         draw_points, variables, key, number[pending], group[pending]
       )
-      failed = []
       for i, cloud in zip(pending, clouds, strict=True):
         if config.harmonics:
           cloud = smooth_contours(cloud, config.harmonics)
         masks[i] = points_to_mask(cloud, shape)
         attempts[i] += 1
         fault = mask_fault(masks[i], min_solidity=config.min_solidity)
-        if fault:
-          faults[fault] += 1
-          failed.append(i)
-      pending = np.asarray(failed, int)
+        faults[i] = fault or ""
+      pending = np.array([i for i in pending if faults[i]], int)
       if not len(pending):
-        return masks, attempts
-    raise ValueError(
-      f"{len(pending)} of {len(number)} masks are still unsound after"
-      f" {config.max_attempts} draws each ({dict(faults)}): the mask generator"
-      " is not trained enough. Train it longer before the segmenter starts"
-      " (train.segmenter), or lower bank.min_solidity"
-    )
+        break
+    return masks, attempts, np.array(faults, str)
 
-  def generate(inference, seed, number, group):
-    number, group = np.asarray(number), np.asarray(group, np.int32)
-    base = jax.random.key(seed)
-    masks, attempts = draw_masks(
-      network(inference, "points"), base, number, group
-    )
+  def generate_batch(inference, base, number, group):
+    masks, *rest = draw_masks(network(inference, "points"), base, number, group)
     images = call(
       draw_images,
       network(inference, "image"),
       jax.random.fold_in(base, config.max_attempts),
       number,
-      masks.astype(np.int32),
+      masks,
       group,
     )
     images = np.round((images[..., 0] + 1) * 127.5).astype(np.uint8)
-    return Generated(images, masks, attempts)
+    return Generated(images, masks, *rest)
+
+  def generate(inference, seed, number, group, title="cases"):
+    number, group = np.asarray(number), np.asarray(group)
+    base = _key(seed)
+    rows = [slice(0, len(number))]
+    if len(number) > config.batch_size:
+      rows = batches(len(number), config.batch_size, title)
+    return join(
+      [generate_batch(inference, base, number[i], group[i]) for i in rows],
+      shape,
+    )
 
   return generate
 
 
-def _compiled(objective: Objective, mesh):
-  replicated = NamedSharding(mesh, PartitionSpec())
+def _key(seed: int | Sequence[int]) -> jax.Array:
+  """A key of its own for every seed: no integer is cut to 32 bits."""
+  words = np.random.SeedSequence(seed).generate_state(2)
+  return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def _compile(run: Setup, size: int):
+  """The two generators, compiled for batches of `size`."""
+  replicated = NamedSharding(run.mesh, PartitionSpec())
+  rows = NamedSharding(run.mesh, BATCH)
+  inference = {
+    field: getattr(run.abstract, field) for field in (*INFERENCE, "imported")
+  }
 
   def draw_points(variables, key, number, group):
-    keys = example_keys(key, number)
-    return objective.tasks["points"].sample(variables, group, keys)
+    keys = example_keys(jax.random.wrap_key_data(key), number)
+    return run.objective.tasks["points"].sample(variables, group, keys)
 
   def draw_images(variables, key, number, mask, group):
-    keys = example_keys(key, number)
-    return objective.tasks["image"].sample(variables, mask, group, keys)
+    keys = example_keys(jax.random.wrap_key_data(key), number)
+    return run.objective.tasks["image"].sample(variables, mask, group, keys)
+
+  def compiled(function, name: str, *shapes) -> Any:
+    integers = [
+      jax.ShapeDtypeStruct((size, *s), np.int32, sharding=rows) for s in shapes
+    ]
+    key = jax.ShapeDtypeStruct((2,), np.uint32, sharding=replicated)
+    jitted = jax.jit(function, out_shardings=replicated)
+    with jax.set_mesh(run.mesh):  # kernels ask for it
+      return jitted.lower(network(inference, name), key, *integers).compile()
 
   return (
-    jax.jit(draw_points, out_shardings=replicated),
-    jax.jit(draw_images, out_shardings=replicated),
+    compiled(draw_points, "points", (), ()),
+    compiled(draw_images, "image", (), tuple(run.config.data.size), ()),
   )

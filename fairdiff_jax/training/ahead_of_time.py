@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 from jax.experimental import topologies
 
-from fairdiff_jax.training.loop import (
-  active_networks,
-  describe_batch,
-  setup,
-  step_function,
-)
+from fairdiff_jax.training.schedule import phases
+from fairdiff_jax.training.setup import describe_batch, setup, step_function
 from fairdiff_jax.training.step import lower_step
 
 # bf16 operations a second and chip, as the vendor states them.
@@ -121,7 +117,7 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
     'bytes' and 'seconds' leave out what happens in them.
   """
   run = setup(config, devices)
-  active = active_networks(config, config.train.steps - 1)
+  active = [p.active for p in phases(config) if p.active][-1]
   compiled = lower_step(
     step_function(run, active),
     mesh=run.mesh,

@@ -4,9 +4,9 @@ Every checkpoint has two parts: 'inference' (averaged parameters and statistics:
 all that sampling and evaluation need) and 'training' (the rest of the state).
 Frozen weights that were imported are in neither: they are read again, and must
 be the same. Orbax writes into a temporary directory and renames it, so that a
-checkpoint is complete or absent; a complete one that cannot be read, or whose
-arrays are not those that were saved, is reported and the one before it is
-taken.
+checkpoint is complete or absent; a complete one that cannot be read, whose
+arrays are not those that were saved, or whose directory was renamed, is
+reported and the one before it is taken.
 """
 
 import hashlib
@@ -81,6 +81,7 @@ class Checkpoints:
 
   def __init__(self, workdir: str | Path, keep: int | None = None):
     self._imported = None  # fingerprint of weights that never change
+    self._saving = None  # (step, what Orbax says of it)
     policies = ocp.training.preservation_policies
     saves = ocp.training.save_decision_policies
     self._checkpointer = ocp.training.Checkpointer(
@@ -94,7 +95,7 @@ class Checkpoints:
   @property
   def steps(self) -> list[int]:
     """Steps of complete checkpoints, oldest first; waits for a save."""
-    self._checkpointer.wait()
+    self.wait()
     return [c.step for c in self._checkpointer.checkpoints]
 
   def save(self, state: TrainState, *, facts: dict[str, Any]):
@@ -103,19 +104,44 @@ class Checkpoints:
     The copy to the host is done when this returns, so that the state may be
     donated to the next step; files are written in the background. A damaged
     checkpoint of the same step is replaced.
+
+    Raises:
+      OSError: if the checkpoint before could not be written.
     """
+    self.wait()
     parts = split(state)
     digests = {name: fingerprint(part) for name, part in parts.items()}
     if self._imported is None:
       self._imported = fingerprint(state.imported)
     digests["imported"] = self._imported
-    self._checkpointer.save_checkpointables_async(
-      int(state.step),
+    step = int(state.step)
+    response = self._checkpointer.save_checkpointables_async(
+      step,
       parts,
-      custom_metadata=facts | {"sha256": digests},
+      custom_metadata=facts | {"step": step, "sha256": digests},
       force=True,
       overwrite=True,
     )
+    self._saving = step, response
+
+  def wait(self):
+    """Waits until the last save is complete.
+
+    Raises:
+      OSError: if it could not be written.
+    """
+    if self._saving is None:
+      return
+    (step, response), self._saving = self._saving, None
+    try:
+      response.result()  # also frees its thread and its handles
+    except Exception as error:
+      reason = textwrap.shorten(str(error) or repr(error), 200)
+      raise OSError(
+        f"the checkpoint of step {step} could not be written to"
+        f" {self._checkpointer.directory} ({reason}); make room on the disk,"
+        " and the same command goes on from the one before"
+      ) from error
 
   def facts(self, step: int) -> dict[str, Any]:
     """The facts saved with a step."""
@@ -123,14 +149,18 @@ class Checkpoints:
     return metadata.custom_metadata
 
   def restore(
-    self, abstract: TrainState, parts: tuple[str, ...] = ("inference",)
+    self,
+    abstract: TrainState,
+    parts: tuple[str, ...] = ("inference",),
+    check: Callable[[dict[str, Any]], None] = lambda facts: None,
   ) -> tuple[int, dict[str, Any]] | None:
     """Restores the newest readable checkpoint.
 
     Args:
       abstract: the state as ShapeDtypeStructs with shardings: checkpoints can
         be restored onto any mesh.
-      parts: 'inference', or ('inference', 'training').
+      parts: ('inference',), or ('inference', 'training').
+      check: raises ValueError if what the facts name is not there.
 
     Returns:
       (step, parts by name), or None if there is no checkpoint at all.
@@ -142,6 +172,7 @@ class Checkpoints:
     failures = []
     for step in reversed(self.steps):
       try:
+        check(self.facts(step))
         return step, self._load(step, wanted)
       except Exception as error:
         # Orbax prints whole trees.
@@ -167,16 +198,25 @@ class Checkpoints:
       )
 
   def _load(self, step, wanted):
+    facts = self.facts(step)
+    if facts["step"] != step:
+      raise ValueError(
+        f"its directory holds step {facts['step']}: it was renamed"
+      )
     parts = self._checkpointer.load_checkpointables(step, wanted)
-    saved = self.facts(step)["sha256"]
     for name, part in parts.items():
-      if fingerprint(part) != saved[name]:
+      if fingerprint(part) != facts["sha256"][name]:
         raise ValueError(f"arrays of {name!r} are not those that were saved")
+    if "training" in parts and int(parts["training"]["step"]) != step:
+      raise ValueError("its arrays are those of another step")
     return parts
 
   def close(self):
-    """Waits for saves in progress."""
-    self._checkpointer.close()
+    """Waits for saves in progress; their failure is `wait`'s to raise."""
+    try:
+      self.wait()
+    finally:
+      self._checkpointer.close()
 
 
 def restore_inference(

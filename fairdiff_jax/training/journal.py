@@ -10,6 +10,13 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from fairdiff_jax import files
+
+# tqdm's own guess of the time left takes all steps to be alike.
+BAR = (
+  "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+)
+
 
 class Journal:
   """Writes `metrics.jsonl` and events; silent on hosts other than the first.
@@ -31,18 +38,13 @@ class Journal:
     if not enabled:
       return
     path = workdir / "metrics.jsonl"
-    kept = []
-    if path.exists():
-      for line in path.read_text().splitlines():
-        try:
-          record = json.loads(line)
-        except json.JSONDecodeError:
-          break  # the line during which an earlier run was killed
-        if record["step"] <= start and "params_sha256" not in record:
-          kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    records = files.read_json_lines(path) if path.exists() else []
+    kept = [
+      json.dumps(record) + "\n"
+      for record in records
+      if record.get("step", math.inf) <= start and "params_sha256" not in record
+    ]
+    files.write(path, "".join(kept))
     self._file = path.open("a", buffering=1)
     self._events = SummaryWriter(str(workdir), purge_step=start + 1)
     self._bar = tqdm(
@@ -52,15 +54,32 @@ class Journal:
       unit="step",
       dynamic_ncols=True,
       mininterval=0.5 if sys.stderr.isatty() else 10,
+      bar_format=BAR,
     )
+    self._shown = {}  # what stands behind the bar, by topic
     self._last_step, self._last_time = start, time.monotonic()
 
-  def step(self, message: dict[str, str] | None = None):
-    """Moves the progress bar on by one step."""
+  def step(self, left: str = ""):
+    """Moves the progress bar on by one step.
+
+    Args:
+      left: the time that the run will still take.
+    """
     if self._enabled:
-      if message:
-        self._bar.set_postfix(message, refresh=False)
+      self._show(left=left)
       self._bar.update()
+
+  def wait(self, what: str):
+    """Shows on the progress bar what is being waited for; '' for nothing."""
+    if self._enabled:
+      self._show(wait=what)
+      if sys.stderr.isatty():
+        self._bar.refresh()
+
+  def _show(self, **texts: str):
+    self._shown |= texts
+    shown = (self._shown.get(k) for k in ("wait", "left", "cases"))
+    self._bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
 
   def say(self, message: str):
     """Prints a line above the progress bar."""
@@ -85,9 +104,7 @@ class Journal:
       self._last_step, self._last_time = step, now
       record["seconds_per_step"] = round(seconds, 4)
       record["cases_per_second"] = round(cases / seconds, 2)
-      self._bar.set_postfix(
-        {"cases/s": f"{cases / seconds:.0f}"}, refresh=False
-      )
+      self._show(cases=f"{cases / seconds:.0f} cases/s")
     self._file.write(json.dumps(record, allow_nan=False) + "\n")
     for key, value in record.items():
       if isinstance(value, int | float) and key != "step":

@@ -27,6 +27,7 @@ from fairdiff_jax.objectives.latent_space import (
 )
 from fairdiff_jax.training.checkpoint import fingerprint
 from fairdiff_jax.training.mesh import map_batch
+from fairdiff_jax.training.schedule import learning_steps
 
 FILE, DIGEST = "latent.npy", "latent.sha256"
 PER_DEVICE = 4  # images that are encoded at a time
@@ -38,7 +39,7 @@ def cached_shape(config) -> tuple[int, int, int] | None:
   Raises:
     ValueError: if images have no latents, or none of `data.size`.
   """
-  start, stop = config.train.image
+  start, stop = learning_steps(config, "image")
   if not config.image.cache_latents or start >= stop:
     return None
   if config.image.network != "stable_diffusion":

@@ -97,6 +97,20 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(fetch, tree)
 
 
+def all_hosts(value: bool) -> bool:
+  """Whether it is so on every host; each must ask."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
+def from_first_host(value: int) -> int:
+  """The first host's value; each must ask."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
 def host_slice(global_size: int) -> slice:
   """The rows of a global batch that this host must build.
 

@@ -23,7 +23,7 @@ from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.latent_space import encode_image, make_autoencoder
 from fairdiff_jax.pretrained import importing, stable_diffusion
 from fairdiff_jax.training.latents import cached_shape
-from fairdiff_jax.training.loop import setup
+from fairdiff_jax.training.setup import setup
 from fairdiff_jax.training.start import start_from_weights
 
 SIZE, GROUPS = 16, 3

@@ -14,8 +14,8 @@ from fairdiff_jax.experiment import run as run_experiment
 from fairdiff_jax.fairness import metrics
 from fairdiff_jax.objectives.segmentation import make_network
 from fairdiff_jax.pretrained import segment_anything
-from fairdiff_jax.training.loop import setup
 from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.setup import setup
 
 SIZE = 32
 SMALL_SAMED = dict(

@@ -1,0 +1,127 @@
+"""Banks of synthetic cases, as they lie in a run's directory.
+
+A bank is `<workdir>/bank/step_XXXXXXXX`, by the step at which it was filled,
+complete or absent: its cases, a manifest with a line for each, and a record of
+what it was made from. A checkpoint remembers which one was in use.
+"""
+
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fairdiff_jax import files
+
+CASES, MANIFEST, RECORD = "cases.npz", "manifest.jsonl", "bank.json"
+
+
+class Synthetic(NamedTuple):
+  """Synthetic cases, and the mixture that they were made for.
+
+  Attributes:
+    image: uint8 [m, H, W].
+    mask: uint8 [m, H, W], 0 background, 1 rim, 2 cup.
+    group: int32 [m].
+    sizes: cases of every group in an epoch [G].
+  """
+
+  image: np.ndarray
+  mask: np.ndarray
+  group: np.ndarray
+  sizes: np.ndarray
+
+
+def bank_directory(workdir: str | Path, step: int) -> Path:
+  """Where the bank that is filled at a step lies."""
+  return Path(workdir) / "bank" / f"step_{step:08d}"
+
+
+def bank_facts(directory: Path) -> dict[str, str]:
+  """What a checkpoint remembers of a bank that is there."""
+  return {
+    "name": directory.name,
+    "sha256": files.sha256(directory / CASES),
+  }
+
+
+def check_bank(workdir: str | Path, facts: Mapping[str, Any]) -> None:
+  """Raises ValueError unless the bank of a checkpoint's facts is there."""
+  bank = facts["bank"]
+  if bank is None:
+    return
+  path = Path(workdir) / "bank" / bank["name"] / CASES
+  if not path.exists():
+    raise ValueError(f"its bank {path} is missing")
+  if files.sha256(path) != bank["sha256"]:
+    raise ValueError(f"its bank {path} is not the one it was saved with")
+
+
+def remedy(directory: Path) -> str:
+  """What to do about a bank that cannot be used."""
+  return f"remove {directory}, and the same command makes it anew"
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+  """What a bank was made from.
+
+  Raises:
+    ValueError: if it or the bank's cases are not as they were written.
+  """
+  for name in (RECORD, CASES):
+    if not (directory / name).is_file():
+      raise ValueError(f"{directory / name} is missing; {remedy(directory)}")
+  record = files.read_json(directory / RECORD, remedy(directory))
+  if files.sha256(directory / CASES) != record.get("sha256"):
+    raise ValueError(
+      f"{directory / CASES} is not the file that was written;"
+      f" {remedy(directory)}"
+    )
+  return record
+
+
+def read_bank(
+  directory: Path, size: tuple[int, int], num_groups: int
+) -> Synthetic:
+  """Reads a bank.
+
+  Args:
+    directory: of the bank.
+    size: of its images, (H, W).
+    num_groups: G.
+
+  Raises:
+    ValueError: if it is damaged, or not one of this run.
+  """
+  read_record(directory)
+  path = directory / CASES
+  arrays = files.read_npz(path, Synthetic._fields)
+  absent = [name for name in Synthetic._fields if arrays.get(name) is None]
+  if absent:
+    raise ValueError(f"{path} has no array {absent[0]!r}; {remedy(directory)}")
+  bank = Synthetic(*(arrays[name] for name in Synthetic._fields))
+  number = bank.group.size
+  wanted = Synthetic((number, *size), (number, *size), (number,), (num_groups,))
+  for name, array, shape in zip(bank._fields, bank, wanted, strict=True):
+    if array.shape != tuple(shape):
+      raise ValueError(
+        f"{path}: {name!r} has shape {array.shape}, not {tuple(shape)};"
+        f" {remedy(directory)}"
+      )
+  for name, limit in (("mask", 3), ("group", num_groups)):
+    array = getattr(bank, name)
+    if array.size and not 0 <= array.min() <= array.max() < limit:
+      raise ValueError(
+        f"{path}: {name!r} has values outside 0..{limit - 1};"
+        f" {remedy(directory)}"
+      )
+  return bank
+
+
+def prune(workdir: str | Path, steps: Collection[int]) -> None:
+  """Removes all banks but those of some steps."""
+  kept = {bank_directory(workdir, step) for step in steps}
+  for directory in (Path(workdir) / "bank").glob("step_*"):
+    if directory not in kept:
+      shutil.rmtree(directory)

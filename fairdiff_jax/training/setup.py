@@ -1,0 +1,166 @@
+"""What a config fixes before any data is seen, and the state to start from."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from fairdiff_jax.data import attributes, statistics
+from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
+from fairdiff_jax.training.checkpoint import describe
+from fairdiff_jax.training.latents import cached_shape
+from fairdiff_jax.training.mesh import make_mesh, tree_shardings
+from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.schedule import learning_steps
+from fairdiff_jax.training.start import start_from_weights
+from fairdiff_jax.training.step import (
+  AXIS,
+  TrainState,
+  compile_step,
+  init_state,
+  train_step,
+)
+
+
+class Setup(NamedTuple):
+  """What a config fixes before any data is seen."""
+
+  config: Any
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  mesh: Mesh
+  abstract: TrainState  # shapes and shardings of the state
+  # (statistics, training cases of every group [G]) -> the initial state
+  init: Callable[[Any, np.ndarray], TrainState]
+
+
+def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
+  """Builds objective, optimiser and mesh, and describes the state.
+
+  Networks that never learn are left out.
+
+  Args:
+    config: the run's config.
+    devices: the mesh's devices; None for all of all hosts.
+  """
+  names = attributes.group_names(config.data.attribute, config.data.pooled)
+  axis_name = AXIS if config.parallel.compile == "pmap" else None
+  spans = {name: learning_steps(config, name) for name in NETWORKS}
+  num_updates = {n: b - a for n, (a, b) in spans.items() if b > a}
+  objective = make_objective(config, names, tuple(num_updates), axis_name)
+  optimizer = make_optimizer(config.optimizer, num_updates)
+  mesh = make_mesh(config.parallel.fsdp, devices)
+  init = partial(
+    init_state,
+    jax.random.key(config.seed),
+    objective=objective,
+    optimizer=optimizer,
+  )
+  abstract = describe(
+    partial(
+      init,
+      _constants(statistics.shapes(len(names)), objective),
+      np.zeros(len(names), np.float32),
+    ),
+    lambda tree: tree_shardings(tree, mesh, config.parallel.rules),
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return Setup(
+    config,
+    objective,
+    optimizer,
+    mesh,
+    abstract,
+    # Compiled once for one use: optimising it takes longer than running it.
+    jax.jit(
+      init,
+      out_shardings=shardings,
+      compiler_options={"xla_backend_optimization_level": 0},
+    ),
+  )
+
+
+def _constants(stats: dict[str, Any], objective: Objective) -> dict[str, Any]:
+  return {name: stats[name] for name in objective.tasks}
+
+
+def initial_state(run: Setup, cases: Cases, group: np.ndarray) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    run: set-up of the run.
+    cases: training cases.
+    group: of each case [n], -1 for unknown.
+  """
+  number = len(run.objective.group_names)
+  stats = statistics.compute(
+    cases, group, number, intensity_prior=run.config.image.intensity_prior
+  )
+  counts = attributes.group_counts(group, number).astype(np.float32)
+  return start_from_weights(
+    run.init(_constants(stats, run.objective), counts),
+    run.objective,
+    run.abstract,
+  )
+
+
+def make_step(
+  run: Setup, active: tuple[str, ...]
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Compiles the train step of a phase: (state, host's batch) -> the next."""
+  return compile_step(
+    step_function(run, active),
+    mesh=run.mesh,
+    state=run.abstract,
+    batch=describe_batch(run.config, active),
+    mode=run.config.parallel.compile,
+  )
+
+
+def step_function(
+  run: Setup, active: tuple[str, ...]
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """The train step of a phase, not compiled."""
+  return partial(
+    train_step,
+    objective=run.objective,
+    optimizer=run.optimizer,
+    seed=run.config.seed,
+    ema_decay=run.config.train.ema_decay,
+    active=active,
+  )
+
+
+def describe_batch(
+  config, active: tuple[str, ...]
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+  """Shapes and types of a phase's global batch."""
+  floats = partial(jax.ShapeDtypeStruct, dtype=np.float32)
+  integers = partial(jax.ShapeDtypeStruct, dtype=np.int32)
+
+  def part(size, num_points, latent=None):
+    shown = {"image": floats((size, *config.data.size, 1))}
+    if latent:
+      shown = {"latent": floats((size, *latent))}
+    return shown | {
+      "mask": integers((size, *config.data.size)),
+      "points": floats((size, num_points, 3)),
+      "group": integers((size,)),
+      "weight": floats((size,)),
+    }
+
+  batch = {}
+  if {"points", "image"} & set(active):
+    batch["generation"] = part(
+      config.train.generation_batch,
+      config.data.num_points,
+      cached_shape(config),
+    )
+  if "segmenter" in active:
+    batch["segmentation"] = part(config.train.segmentation_batch, 0)
+  return batch

@@ -1,0 +1,156 @@
+"""What a command line gets wrong is said at once, and help helps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import phantom
+from fairdiff_jax import config as configs
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+  path.stem for path in (ROOT / "launch").glob("*.py") if path.stem != "cli"
+)
+SMOKE = ("--config", "configs/phantom.py:smoke")
+
+
+def launch(script, *arguments):
+  return subprocess.run(
+    [sys.executable, f"launch/{script}.py", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def error_of(done):
+  """What is said, less its 'error: '."""
+  assert done.returncode == 1, done.stderr
+  assert done.stderr.startswith("error: "), done.stderr
+  assert "Traceback" not in done.stderr
+  return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_no_error(script):
+  done = launch(script, "--help")
+  assert (done.returncode, done.stderr) == (0, "")
+  first, *lines = done.stdout.splitlines()
+  assert first.endswith((".", ":"))
+  assert "Flags:" in lines
+
+
+def test_a_refusal_imports_little():
+  code = """
+import runpy, sys
+sys.argv = ["launch/train.py", "--workdir=none", "--wrong"]
+sys.path.insert(0, "launch")
+try:
+  runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+  print("jax" in sys.modules, "tensorflow_datasets" in sys.modules)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert "wrong" in error_of(done)
+  assert done.stdout == "False False\n"
+
+
+def test_help_shows_fields_and_variants():
+  text = launch("train", "--help").stdout
+  for name, field in configs.all_fields().items():
+    assert f"--config.{name}={field.default!r}\n      {field.doc}" in text
+  assert "Variants: small, sd15, samed, transunet" in text
+  assert "--config.train.steps=3000\n\nFlags:" in text  # its own line breaks
+
+
+REQUIRED = {
+  "benchmark": SMOKE,
+  "compile": SMOKE,
+  "evaluate": ("--workdir", "none"),
+  "import_weights": ("--source", "none", "--out", "none"),
+  "sample": ("--workdir", "none", "--counts", "Asian=2", "--out", "none"),
+  "train": (*SMOKE, "--workdir", "none"),
+}
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "compare"])
+def test_what_no_script_knows_is_refused(script):
+  done = launch(script, *REQUIRED.get(script, ()), "Black=2")
+  assert "nothing is known of 'Black=2'" in error_of(done)
+
+
+@pytest.mark.parametrize(
+  "argument", ["config.seed=3", "–config.seed=3", "—config.seed=3", "seed=3"]
+)
+def test_flags_with_other_dashes_are_no_flags(tmp_path, argument):
+  done = launch("train", *SMOKE, "--workdir", tmp_path / "run", argument)
+  assert f"nothing is known of {argument!r}" in error_of(done)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--config.fairness.metod=gap",), 'no field .*Did you mean "method"'),
+    (("--config.seed=a",), "--config.seed=a: invalid literal"),
+    (("--config.seed=-1",), "seed must be a whole number from 0 to"),
+    (("--config.evaluation.equity=fairest",), "equity must be .*'fairest'"),
+    (("--config.image.attention=false",), "got ('false',)"),
+    (
+      ("--config.train.steps=4", "--config.train.segmenter=(2,8)"),
+      "goes beyond train.steps=4",
+    ),
+  ],
+)
+def test_an_override_that_cannot_be_is_refused(tmp_path, arguments, message):
+  done = launch("train", *SMOKE, "--workdir", tmp_path / "run", *arguments)
+  error = error_of(done)
+  for part in message.split(".*"):
+    assert part in error
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--workdir", "none"), "give --config FILE, or as --workdir the direct"),
+    (("--workdir", "none", "--config.seed=3"), "changes a config: give"),
+    (("--workdir", "none", "--config", "no.py"), "there are configs/fairseg"),
+    (("--workdir", "none", "--config", "configs"), "does not exist"),
+    (("--workdir", "none", "--config", "configs/phantom.py:no"), "variant"),
+    (("--workdir", "none", "--config", "launch/cli.py"), "is no recipe"),
+    ((*SMOKE, "--workdr", "none"), "Did you mean: workdir"),
+    (SMOKE, "--workdir must have a value"),
+  ],
+)
+def test_a_command_without_a_config_is_told(arguments, message):
+  assert message in error_of(launch("train", *arguments))
+
+
+def test_a_run_knows_its_config(tmp_path):
+  """Overrides change only what they name, and are compared with the run's."""
+  config = phantom.get_config("smoke")
+  config.data.attribute = "gender"
+  configs.claim(tmp_path, config)
+  done = launch("train", "--workdir", tmp_path, "--config.seed=3")
+  error = error_of(done)
+  assert error.splitlines()[1] == "  seed: 0 before, 3 now"
+  assert "attribute" not in error
+  done = launch("train", "--workdir", tmp_path, *SMOKE)
+  assert "data.attribute: gender before, race now" in error_of(done)
+  done = launch("evaluate", "--workdir", tmp_path, "--config.seed=3")
+  assert "seed: 0 before, 3 now" in error_of(done)
+  equity = "--config.evaluation.equity=fairseg_sum"
+  done = launch("evaluate", "--workdir", tmp_path, equity)
+  assert "has no checkpoint yet" in error_of(done)
+
+
+def test_a_work_directory_that_could_not_be_read_again(tmp_path):
+  done = launch("train", *SMOKE, "--workdir", tmp_path / "run[1]")
+  assert "choose a path without" in error_of(done)
+  assert not list(tmp_path.iterdir())
