@@ -49,7 +49,7 @@ from fairdiff_jax.fairness import metrics
 
 MIN_CASES = 30  # below this, an interval is not to be trusted
 MIN_TESTED = 6  # below this, no p: 2 / 2^5 is above 5%
-MIN_RESAMPLED = 100  # below this, p of a mean comes from exchanges
+MIN_RESAMPLED = 200  # below this, p of a mean comes from exchanges
 ALL_EXCHANGES = 12  # cases that differ, up to which all exchanges are made
 EXACT_RANKS = 50  # cases that differ, up to which Wilcoxon's p is exact
 CHUNK = 1 << 20  # cases drawn at a time
