@@ -665,7 +665,7 @@ def claim(
   trained_with: Mapping[str, Any] | None = None,
   proceed: bool = False,
   write: bool = True,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
   """Makes `workdir` the work directory of `config`, or checks that it is.
 
   Args:
@@ -673,13 +673,14 @@ def claim(
     config: the run's config.
     data: digest of the prepared data; '' for any.
     step: the step that the run goes on from.
-    trained_with: what this returned to the process that saved that step.
+    trained_with: as this returned it to the process that saved that step.
     proceed: whether the run may go on differently from then on, which is
       recorded.
     write: whether this process writes (the first host does).
 
   Returns:
-    What the run is trained with, to be kept with its checkpoints.
+    What the run is trained with, to be kept with its checkpoints, and its
+    record's `changes`.
 
   Raises:
     ValueError: if the directory belongs to a run of another config or data and
@@ -706,7 +707,7 @@ def claim(
     }
     text = json.dumps(stored, indent=2, sort_keys=True)
     files.write(Path(workdir) / FILE, text + "\n")
-  return asked
+  return asked, changes
 
 
 def find_record(workdir: str | Path) -> Record | None:

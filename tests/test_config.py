@@ -231,7 +231,7 @@ def test_what_alters_no_result_may_change(tmp_path, changes):
 
 
 def test_going_on_differently_is_recorded(tmp_path):
-  trained_with = configs.claim(tmp_path, smoke(), data="abc")
+  trained_with, _ = configs.claim(tmp_path, smoke(), data="abc")
   longer = smoke(**{"optimizer.image.learning_rate": 1e-5})
   configs.claim(tmp_path, longer, data="abc", step=6, proceed=True)
   field = "optimizer.image.learning_rate"
@@ -259,7 +259,7 @@ def test_other_data_are_refused(tmp_path):
 
 
 def test_a_lost_config_is_known_from_the_checkpoint(tmp_path):
-  trained_with = configs.claim(tmp_path, smoke(), data="abc")
+  trained_with, _ = configs.claim(tmp_path, smoke(), data="abc")
   (tmp_path / configs.FILE).unlink()
   trained_with = json.loads(json.dumps(trained_with))
   with pytest.raises(ValueError, match="seed: 0 before, 3 now"):

@@ -119,9 +119,8 @@ def read_bank(
   return bank
 
 
-def prune(workdir: str | Path, steps: Collection[int]) -> None:
-  """Removes all banks but those of some steps."""
-  kept = {bank_directory(workdir, step) for step in steps}
+def prune(workdir: str | Path, kept: Collection[str]) -> None:
+  """Removes all banks but those of some names."""
   for directory in (Path(workdir) / "bank").glob("step_*"):
-    if directory not in kept:
+    if directory.name not in kept:
       shutil.rmtree(directory)

@@ -9,6 +9,7 @@ arrays are not those that were saved, or whose directory was renamed, is
 reported and the one before it is taken.
 """
 
+import contextlib
 import hashlib
 import textwrap
 from collections.abc import Callable
@@ -81,6 +82,8 @@ class Checkpoints:
 
   def __init__(self, workdir: str | Path, keep: int | None = None):
     self._imported = None  # fingerprint of weights that never change
+    self._reads = keep is None
+    self._facts = {}  # by step, of those that were looked at
     self._saving = None  # (step, what Orbax says of it)
     policies = ocp.training.preservation_policies
     saves = ocp.training.save_decision_policies
@@ -115,6 +118,7 @@ class Checkpoints:
       self._imported = fingerprint(state.imported)
     digests["imported"] = self._imported
     step = int(state.step)
+    self._facts.pop(step, None)
     response = self._checkpointer.save_checkpointables_async(
       step,
       parts,
@@ -144,9 +148,19 @@ class Checkpoints:
       ) from error
 
   def facts(self, step: int) -> dict[str, Any]:
-    """The facts saved with a step."""
-    metadata = self._checkpointer.checkpointables_metadata(step)
-    return metadata.custom_metadata
+    """The facts saved with a step, also if it has been removed since."""
+    if step not in self._facts:
+      metadata = self._checkpointer.checkpointables_metadata(step)
+      self._facts[step] = metadata.custom_metadata
+    return self._facts[step]
+
+  def all_facts(self) -> list[dict[str, Any]]:
+    """The facts of all checkpoints that have readable ones, newest first."""
+    found = []
+    for step in reversed(self.steps):
+      with contextlib.suppress(Exception):  # `restore` names what is damaged
+        found.append(self.facts(step))
+    return found
 
   def restore(
     self,
@@ -169,16 +183,20 @@ class Checkpoints:
       ValueError: if checkpoints exist and none can be read.
     """
     wanted = {name: split(abstract)[name] for name in parts}
-    failures = []
-    for step in reversed(self.steps):
-      try:
-        check(self.facts(step))
-        return step, self._load(step, wanted)
-      except Exception as error:
-        # Orbax prints whole trees.
-        reason = textwrap.shorten(str(error) or repr(error), 200)
-        logging.warning("checkpoint of step %d is damaged: %s", step, reason)
-        failures.append(f"step {step}: {reason}")
+    failures, tried = [], None
+    while tried != (tried := self.steps):
+      failures = []
+      for step in reversed(tried):
+        try:
+          check(self.facts(step))
+          return step, self._load(step, wanted)
+        except Exception as error:
+          # Orbax prints whole trees.
+          reason = textwrap.shorten(str(error) or repr(error), 200)
+          failures.append(f"step {step}: {reason}")
+          logging.warning("checkpoint of step %d is damaged: %s", step, reason)
+      if self._reads:  # beside a training, which may have saved newer ones
+        self._checkpointer.reload()
     if failures:
       raise ValueError(
         f"no checkpoint in {self._checkpointer.directory} can be read"
@@ -199,10 +217,9 @@ class Checkpoints:
 
   def _load(self, step, wanted):
     facts = self.facts(step)
-    if facts["step"] != step:
-      raise ValueError(
-        f"its directory holds step {facts['step']}: it was renamed"
-      )
+    saved = facts.get("step", step)  # older ones do not say
+    if saved != step:
+      raise ValueError(f"its directory holds step {saved}: it was renamed")
     parts = self._checkpointer.load_checkpointables(step, wanted)
     for name, part in parts.items():
       if fingerprint(part) != facts["sha256"][name]:

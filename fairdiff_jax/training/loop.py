@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.config import claim, config_hash, data_directory
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Prefetcher
 from fairdiff_jax.training import schedule
@@ -43,6 +43,7 @@ from fairdiff_jax.training.setup import (
   initial_state,
   make_step,
   setup,
+  state_shapes,
 )
 from fairdiff_jax.training.start import import_weights
 from fairdiff_jax.training.step import TrainState
@@ -60,8 +61,10 @@ def train(
   workdir: str | Path,
   cases: Cases,
   *,
+  data: str = "",
   make_refill: Callable[[Setup], Callable[..., Synthetic | None]] | None = None,
   name: str = "train",
+  proceed: bool = False,
 ) -> TrainState | None:
   """Trains, or goes on training, a run.
 
@@ -69,38 +72,61 @@ def train(
     config: the run's config.
     workdir: the run's directory, shared by all hosts.
     cases: training cases.
+    data: digest of the prepared data; a run goes on with the same ones. '' for
+      any.
     make_refill: setup -> ((state, step, sizes [G], quota [G], directory, stop=,
       say=) -> Synthetic), which fills a bank, or gives None if `stop()`; None
       for runs without a bank.
     name: what the progress bar calls the run.
+    proceed: whether the run may go on with another config or other data than it
+      had, as far as its networks and optimisers keep their shapes.
 
   Returns:
     The final state, or None if the run was asked to stop: by SIGTERM, SIGINT
     or SIGHUP, upon which it saves.
 
   Raises:
-    ValueError: if the work directory belongs to another config, a group has
-      no case, or devices do not divide a batch.
+    ValueError: if the config cannot run, the work directory belongs to another
+      one, or a group has no case.
     OSError: if a checkpoint cannot be written.
     FloatingPointError: if a step's loss, gradients or new parameters are not
       finite.
   """
   workdir = Path(workdir)
   first_host = jax.process_index() == 0
+  if not proceed:
+    configs.require(workdir, config)
   run = setup(config)
   pools = Pools(config, cases, run.objective.group_names)
   if pools.filled and make_refill is None:
     raise ValueError("fairness.strategy='equal_scale' needs make_refill")
   cached = cached_shape(config)
   # Only now: a config that cannot run must not claim the directory.
-  claim(workdir, config, write=first_host)
   if first_host:
+    files.sweep(workdir)
     files.sweep(workdir / "bank")
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  trained_with = next(iter(checkpoints.all_facts()), {}).get("trained_with")
+  claim = partial(
+    *(configs.claim, workdir, config),
+    data=data,
+    trained_with=trained_with,
+    proceed=proceed,
+  )
+  claim(write=False)
+  if proceed:
+    _require_same_shapes(run, workdir)
   start, state = _restore(run, workdir, cases, pools.group, checkpoints)
   total = config.train.steps
+  if start > total:
+    raise ValueError(
+      f"{workdir} is trained to step {start} already, beyond train.steps="
+      f"{total}; set it to more, or give another --workdir"
+    )
+  asked, changes = claim(step=start, write=first_host)
+  facts = {"trained_with": asked}
   if cached and start < total:
-    directory = data_directory(config, workdir)
+    directory = configs.data_directory(config, workdir)
     latent = cached_latents(config, run.mesh, cases, directory)
     pools.generation = pools.generation._replace(latent=latent)
   journal = Journal(
@@ -111,10 +137,15 @@ def train(
   if start < total:
     journal.say(schedule.plan(config, pools.filled))
   last = max((p.stop for p in schedule.phases(config) if p.active), default=0)
-  forecast = Forecast(_work(config, start, pools.filled))
+  refills = [s for s in schedule.refills(config) if s >= start]
+  if changes and _lacks_bank(config, workdir, start):
+    refills.insert(0, start)
+  if not pools.filled:
+    refills = []
   stop = Termination()
   prefetch = Prefetcher(pools.batch)
-  compiler = Compiler(_jobs(run, start, pools.filled and make_refill))
+  forecast = Forecast(_work(config, start, len(refills)))
+  compiler = Compiler(_jobs(run, start, refills, make_refill))
   compiled = {(): partial(_pass, run)}
   saved, pending = start or None, None
   filled, bank = None, None  # the step of the bank in use, and its facts
@@ -150,16 +181,14 @@ def train(
     settle()
     began = time.monotonic()
     step = int(state.step)
-    # A checkpoint is removed when the next is complete; its bank after that.
-    needed = {
-      schedule.bank_step(config, s) for s in [*checkpoints.steps, step]
-    } - {None}
-    if first_host:
-      prune(workdir, needed)
-    facts = {"config_sha256": config_hash(config)}
     # Where the bank is due to be refilled, the one before is of no use.
     in_use = schedule.bank_step(config, step) == filled
-    checkpoints.save(state, facts=facts | {"bank": bank if in_use else None})
+    now = facts | {"bank": bank if in_use else None}
+    # A checkpoint is removed when the next is complete; its bank after that.
+    needed = [f["bank"] for f in (now, *checkpoints.all_facts()) if f["bank"]]
+    if first_host:
+      prune(workdir, {bank["name"] for bank in needed})
+    checkpoints.save(state, facts=now)
     saved = step
     forecast.did(SAVE, time.monotonic() - began)
 
@@ -171,12 +200,12 @@ def train(
     synthetic = None
     if pools.filled:
       directory = bank_directory(workdir, filled)
-      if step == filled:
+      if step in refills:
         refill = get(REFILL)
         began = time.monotonic()
         demand = pools.demand(to_host(state.fairness.running.risk))
         synthetic = refill(
-          *(state, step, *demand, directory), stop=stop, say=journal.say
+          *(state, filled, *demand, directory), stop=stop, say=journal.say
         )
         if synthetic is None:
           raise _Asked
@@ -253,17 +282,46 @@ def _restore(run, workdir, cases, group, checkpoints) -> tuple[int, TrainState]:
   return step, join(parts, imported)
 
 
-def _jobs(run, start, make_refill):
+def _require_same_shapes(run: Setup, workdir: Path):
+  """Raises ValueError if the run's checkpoints are of other shapes."""
+  record = configs.find_record(workdir)
+  if record is None:
+    return
+  changed = configs.differences(
+    configs.compared(record.config), configs.compared(run.config)
+  )
+
+  def shapes(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k): (x.shape, x.dtype) for k, x in leaves}
+
+  if changed and shapes(state_shapes(record.config)) != shapes(run.abstract):
+    raise ValueError(
+      f"{workdir} cannot go on so: networks, optimisers or groups have other"
+      f" shapes with {', '.join(changed)} changed; change back what shapes them"
+      " or give another --workdir"
+    )
+
+
+def _lacks_bank(config, workdir, start) -> bool:
+  """Whether the bank in use at a step was never filled.
+
+  So it is where a run goes on with another calendar of banks.
+  """
+  step = schedule.bank_step(config, start)
+  if step in (None, start) or "segmenter" not in active_networks(config, start):
+    return False
+  return not bank_directory(workdir, step).exists()
+
+
+def _jobs(run, start, refills, make_refill):
   """What a run compiles, in the order in which it needs it."""
   needs = [
     (max(phase.start, start), 1, phase.active)
     for phase in schedule.phases(run.config)
     if phase.active and phase.stop > start
   ]
-  if make_refill:
-    needs += [
-      (s, 0, REFILL) for s in schedule.refills(run.config) if s >= start
-    ]
+  needs += [(step, 0, REFILL) for step in refills]
   jobs = {}
   for *_, key in sorted(needs, key=lambda need: need[:2]):
     make = make_refill if key == REFILL else partial(make_step, active=key)
@@ -271,7 +329,7 @@ def _jobs(run, start, make_refill):
   return jobs
 
 
-def _work(config, start, filled) -> Counter:
+def _work(config, start, refills) -> Counter:
   """How often what is to be done from a step on, its baseline included."""
   work = Counter()
   for phase in schedule.phases(config):
@@ -279,8 +337,7 @@ def _work(config, start, filled) -> Counter:
   if config.baseline:
     first, last = schedule.learning_steps(config, "segmenter")
     work["segmenter",] += last - first
-  if filled:
-    work[REFILL] = sum(s >= start for s in schedule.refills(config))
+  work[REFILL] = refills
   work[SAVE] = len(schedule.saves(config, start))
   return work
 
@@ -316,6 +373,6 @@ def _check_finite(workdir, pools, step, metrics):
     files.write(path, json.dumps(dump, indent=2))
   raise FloatingPointError(
     f"step {step} is not finite ({guarded}); its cases and norms are in"
-    f" {path}. Lower the learning rate or look at these cases; the last"
-    " checkpoint is intact"
+    f" {path}. Look at these cases, or lower the learning rate and go on from"
+    " the last checkpoint, which is intact, with --continue"
   )

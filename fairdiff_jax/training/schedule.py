@@ -6,6 +6,7 @@ Spans of steps are (from, to): the first, and the one after the last.
 from itertools import pairwise
 from typing import NamedTuple
 
+from fairdiff_jax.config import span
 from fairdiff_jax.objectives.joint import NETWORKS
 
 
@@ -28,8 +29,7 @@ def learning_steps(config, name: str) -> tuple[int, int]:
   if name == "adversary":
     used = config.fairness.method == "adversarial"
     return learning_steps(config, "segmenter") if used else (0, 0)
-  start, stop = config.train[name]
-  return start, stop
+  return span(config, name)
 
 
 def active_networks(config, step: int) -> tuple[str, ...]:

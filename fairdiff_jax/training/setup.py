@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from fairdiff_jax.config import check
 from fairdiff_jax.data import attributes, statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
@@ -47,26 +48,15 @@ def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
   Args:
     config: the run's config.
     devices: the mesh's devices; None for all of all hosts.
+
+  Raises:
+    ValueError: the config cannot run, or not on so many devices.
   """
-  names = attributes.group_names(config.data.attribute, config.data.pooled)
-  axis_name = AXIS if config.parallel.compile == "pmap" else None
-  spans = {name: learning_steps(config, name) for name in NETWORKS}
-  num_updates = {n: b - a for n, (a, b) in spans.items() if b > a}
-  objective = make_objective(config, names, tuple(num_updates), axis_name)
-  optimizer = make_optimizer(config.optimizer, num_updates)
+  check(config, jax.device_count() if devices is None else len(devices))
+  objective, optimizer, init = _build(config)
   mesh = make_mesh(config.parallel.fsdp, devices)
-  init = partial(
-    init_state,
-    jax.random.key(config.seed),
-    objective=objective,
-    optimizer=optimizer,
-  )
   abstract = describe(
-    partial(
-      init,
-      _constants(statistics.shapes(len(names)), objective),
-      np.zeros(len(names), np.float32),
-    ),
+    partial(init, *_no_data(objective)),
     lambda tree: tree_shardings(tree, mesh, config.parallel.rules),
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -82,6 +72,34 @@ def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
       out_shardings=shardings,
       compiler_options={"xla_backend_optimization_level": 0},
     ),
+  )
+
+
+def state_shapes(config) -> Any:
+  """Shapes and types of the state of a run, whatever its devices."""
+  objective, _, init = _build(config)
+  return jax.eval_shape(partial(init, *_no_data(objective)))
+
+
+def _build(config):
+  """Objective, optimiser and (statistics, cases [G]) -> the initial state."""
+  names = attributes.group_names(config.data.attribute, config.data.pooled)
+  axis_name = AXIS if config.parallel.compile == "pmap" else None
+  spans = {name: learning_steps(config, name) for name in NETWORKS}
+  num_updates = {n: b - a for n, (a, b) in spans.items() if b > a}
+  objective = make_objective(config, names, tuple(num_updates), axis_name)
+  optimizer = make_optimizer(config.optimizer, num_updates)
+  key = jax.random.key(config.seed)
+  init = partial(init_state, key, objective=objective, optimizer=optimizer)
+  return objective, optimizer, init
+
+
+def _no_data(objective):
+  """Statistics and group sizes of the right shapes."""
+  number = len(objective.group_names)
+  return (
+    _constants(statistics.shapes(number), objective),
+    np.zeros(number, np.float32),
   )
 
 
