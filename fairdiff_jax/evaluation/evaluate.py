@@ -27,7 +27,6 @@ from fairdiff_jax.training.schedule import bank_step
 from fairdiff_jax.training.setup import Setup, setup
 
 BASELINE = "Baseline (ERM)"
-TEST_DIGEST = "test cases sha256"
 REPORT = 2  # tells the noise of a report's cases from that of banks
 
 
@@ -250,7 +249,7 @@ def evaluate(
       "image size": "x".join(map(str, config.data.size)),
       "training cases": len(train.name),
       "test cases": len(test.name),
-      TEST_DIGEST: _digest(test),
+      report.TEST_DIGEST: _digest(test),
       "steps": step,
       "bank in use at the end": bank,
       "fairness method": config.fairness.method,

@@ -32,6 +32,7 @@ from fairdiff_jax.fairness.uncertainty import MIN_CASES
 
 DIRECTORY = "report"  # of a run's directory
 PAGE, TABLE, SUMMARY = "index.html", "cases.csv", "summary.json"
+TEST_DIGEST = "test cases sha256"  # a fact, of names, images and masks
 NOISE = 0.5  # points of difference that are not worth a claim
 SIGNIFICANT = 0.05  # p above which a difference is not, either
 WORST = 6  # cases shown
@@ -817,12 +818,14 @@ def read(workdir: str | os.PathLike) -> dict:
   summary = files.read_json(path, remedy)
   if "definitions" not in summary:
     raise ValueError(f"{path} does not say its definitions; {remedy}")
+  for key in ("definitions", "facts", "models", "sha256", "tables"):
+    if not isinstance(summary.get(key, {}), dict):
+      raise ValueError(f"{path} is damaged ({key!r}); {remedy}")
   try:
     Definitions(**summary["definitions"])
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
-  digests = summary.get("sha256", {})
-  for name, digest in digests.items() if isinstance(digests, dict) else ():
+  for name, digest in summary.get("sha256", {}).items():
     table = path.parent / name
     if not table.exists():
       raise FileNotFoundError(f"{table} does not exist; {remedy}")
