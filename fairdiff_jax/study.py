@@ -6,6 +6,7 @@ directory, a run each, and what is complete is not done again.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fairdiff_jax import experiment
+from fairdiff_jax import config as configs
+from fairdiff_jax import experiment, files
+from fairdiff_jax.evaluation import report
 from fairdiff_jax.evaluation.compare import compare_runs
 
 
@@ -25,6 +28,7 @@ VALIDATION_SEED = 1000  # of training and test phantoms that choose settings
 
 
 def configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """The config of a run of the study: without baseline, its report short."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.baseline = False
@@ -34,19 +38,35 @@ def configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def _run(config: ConfigDict, workdir: Path) -> Path:
-  """Runs an experiment unless it has its report."""
-  if not (workdir / "report" / "summary.json").exists():
+  """Runs an experiment unless it has its report, complete and undamaged."""
+  configs.require(workdir, config)
+  try:
+    _score(workdir)
+  except (OSError, ValueError):
     print(f"study: {workdir}", flush=True)
     if not experiment.run(config, workdir):
-      raise Stopped(f"stopped in {workdir}; the same command goes on")
+      raise Stopped(f"stopped in {workdir}; the same command goes on") from None
   return workdir
 
 
-def _score(workdir: Path) -> float:
-  """ES-Dice of a run, mean of cup and rim."""
-  summary = json.loads((workdir / "report" / "summary.json").read_text())
-  (figures,) = summary["models"].values()
-  return sum(figures[cls]["dice"]["es"] for cls in ("cup", "rim")) / 2
+def _score(workdir: Path) -> float | None:
+  """ES-Dice of a run, mean of cup and rim; None where one is undefined.
+
+  Raises:
+    FileNotFoundError: the run has no complete report.
+    ValueError: its report is damaged.
+  """
+  summary = report.read(workdir)
+  try:
+    (figures,) = summary["models"].values()
+    scores = [figures[cls]["dice"]["es"] for cls in ("cup", "rim")]
+    return None if None in scores else sum(scores) / len(scores)
+  except (KeyError, TypeError, ValueError) as error:
+    path = workdir / report.DIRECTORY / report.SUMMARY
+    raise ValueError(
+      f"{path} has no figures of one model ({error!r}); make it with: python"
+      f" launch/evaluate.py --workdir {workdir}"
+    ) from error
 
 
 def choose(
@@ -69,9 +89,11 @@ def choose(
       config = configure(base, {**methods[name], **seeds, field: value})
       workdir = directory / "validation" / _slug(f"{name} {value}")
       scores[name][value] = _score(_run(config, workdir))
-    chosen[name] = {field: max(values, key=scores[name].get)}
+    known = {v: -math.inf if s is None else s for v, s in scores[name].items()}
+    chosen[name] = {field: max(values, key=known.get)}
   text = json.dumps({"chosen": chosen, "scores": scores}, indent=2)
-  (directory / "choices.json").write_text(text + "\n")
+  directory.mkdir(parents=True, exist_ok=True)
+  files.write(directory / "choices.json", text + "\n")
   return chosen
 
 
@@ -104,6 +126,7 @@ def run(
 
   Raises:
     Stopped: if SIGTERM stopped a run.
+    ValueError: if a directory holds a run of another config.
   """
   directory = Path(directory)
   chosen = choose(base, directory, methods, choices)
@@ -115,10 +138,8 @@ def run(
         other, step = shared[name]
         part = Path("checkpoints") / str(step)
         source = directory / f"{_slug(other)}_{seed}"
-        temporary = workdir.with_name("tmp_" + workdir.name)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source / part, temporary / part)
-        temporary.rename(workdir)
+        with files.new_directory(workdir) as temporary:
+          shutil.copytree(source / part, temporary / part)
       changes = {"seed": seed, "data.phantom.seed": seed, **changes}
       config = configure(base, changes | chosen.get(name, {}))
       runs[name].append(_run(config, workdir))

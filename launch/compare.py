@@ -1,26 +1,38 @@
 """Compares runs by method; runs that differ only in their seed are one method.
 
-  python launch/compare.py runs/baseline_0 runs/baseline_1 runs/variance_0 \
-    runs/variance_1 --names baseline,variance --out comparison
+  python launch/compare.py runs/study/erm_* runs/study/febs_* \\
+    --reference erm --out comparison
 
-Tests are against the method of the first run. The runs must have reports
-(launch/evaluate.py) on the same test cases, by the same definitions; their
-baselines are left out.
+What a seed changes, its number, the training patients and where they lie, makes
+no other method. Methods are called as their runs' directories, or by the fields
+in which they differ. The runs must have reports (launch/evaluate.py) on the
+same test cases, by the same definitions; their baselines are left out.
 """
 
 import cli
 from absl import flags
 
-from fairdiff_jax.evaluation.compare import compare_runs, group_runs
-
 OUT = flags.DEFINE_string("out", "comparison", "Directory to write.")
 NAMES = flags.DEFINE_list("names", None, "Of the methods, by their first runs.")
+REFERENCE = flags.DEFINE_string(
+  "reference", None, "Method to test the others against; default the first."
+)
+CEILING = flags.DEFINE_string(
+  "ceiling", None, "Method that is the best to hope for, for shares of the way."
+)
 
 
-def main(argv):
-  compare_runs(group_runs(argv[1:], NAMES.value), OUT.value)
+def main(runs):
+  from fairdiff_jax.evaluation.compare import compare_runs, group_runs
+
+  compare_runs(
+    group_runs(runs, NAMES.value),
+    OUT.value,
+    reference=REFERENCE.value,
+    ceiling=CEILING.value,
+  )
   print(f"comparison: {OUT.value}/index.html")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, arguments="directories of the runs")

@@ -1,6 +1,7 @@
 """Comparison of methods: figures, seeds, pairing, and what it refuses."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -11,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairdiff_jax.evaluation import compare, segmentation
+from configs.phantom import get_config
+from fairdiff_jax import config as configs
+from fairdiff_jax import files
+from fairdiff_jax.evaluation import compare, report, segmentation
 from fairdiff_jax.fairness import uncertainty
 
 ROOT = Path(__file__).parents[1]
 GROUPS = np.repeat(["Asian", "Black", "White", "unknown"], (12, 32, 40, 3))
 KNOWN = ("Asian", "Black", "White")
+SUM = {"equity": "fairseg_sum"}
 EVIL = '<b>"x"|&'
 
 
@@ -31,17 +36,17 @@ def table(rng, shift=0.0):
   return columns
 
 
-def make_run(directory, columns=None, seed=0, method="none", **definitions):
+def make_run(directory, columns=None, definitions=None, facts=None, **changes):
   (directory / "report").mkdir(parents=True)
-  config = {
-    "seed": seed,
-    "fairness": {"method": method, "strategy": "equal_scale"},
-    "log": {"every": seed},
-  }
-  (directory / "config.json").write_text(json.dumps(config))
+  config = get_config("smoke")
+  config.update_from_flattened_dict(
+    {k.replace("__", "."): v for k, v in changes.items()}
+  )
+  configs.claim(directory, config)
   if columns:
-    segmentation.write_csv(directory / "report" / "cases.csv", columns)
-    summary = {"definitions": definitions}
+    path = directory / "report" / "cases.csv"
+    segmentation.write_csv(path, columns)
+    summary = {"definitions": definitions or {}, "facts": facts or {}}
     (directory / "report" / "summary.json").write_text(json.dumps(summary))
   return directory
 
@@ -76,7 +81,7 @@ def study(tmp_path_factory):
   }
   names = ("reference", EVIL, "ceiling")
   methods = {
-    name: [make_run(root / f"{m}_{s}", columns[m, s], s) for s in (0, 1)]
+    name: [make_run(root / f"{m}_{s}", columns[m, s], seed=s) for s in (0, 1)]
     for m, name in enumerate(names)
   }
   out = root / "out"
@@ -192,11 +197,11 @@ def test_markdown_shows_the_figures(study):
       f"({100 * row['low']:.1f} to {100 * row['high']:.1f})"
     )
   assert cells[-1].strip().startswith("Asian ")
-  # The least p of 2000 resamples is 2 / 2001; Holm's factor is 3 groups.
-  first, second = (
-    f"+5.0 (+5.0 to +5.0; p {p})" for p in ("< 0.001", "= 0.003")
+  # The least p: of 2,000 exchanges and none, of all 2^12; Holm's factors 3, 2.
+  first, *groups = (
+    f"+5.0 (+5.0 to +5.0; p {p})" for p in ("< 0.001", *["= 0.001"] * 3)
   )
-  assert f"| ceiling | {first} | {second} | {second} | {second} |" in text
+  assert f"| ceiling | {first} | {' | '.join(groups)} |" in text
   assert text.count("\n## ") == 7
   assert "Warning: fewer than 30 test cases of Asian;" in text
   assert "87 test cases (Asian 12, Black 32, White 40, unknown 3)" in text
@@ -216,25 +221,81 @@ def test_page_stands_alone(study):
 
 def test_runs_are_grouped_by_config_without_seed(tmp_path):
   runs = [
-    make_run(tmp_path / name, seed=seed, method=method)
+    make_run(tmp_path / name, seed=seed, fairness__method=method)
     for name, seed, method in (
-      ("plain_seed0", 0, "none"),
+      ("plain_seed0", 0, "erm"),
       ("fair_3", 0, "variance"),
-      ("plain_seed1", 1, "none"),
+      ("plain_seed1", 1, "erm"),
       ("other", 4, "variance"),
     )
   ]
   assert compare.group_runs(runs) == {
     "plain": [runs[0], runs[2]],
-    "variance, equal scale": [runs[1], runs[3]],
+    "fairness.method=variance": [runs[1], runs[3]],
   }
   assert list(compare.group_runs(runs, ["a", "b"])) == ["a", "b"]
   for names in (["a"], ["a", "a"]):
     with pytest.raises(ValueError, match=r"2 methods \(plain; .*--names"):
       compare.group_runs(runs, names)
-  again = make_run(tmp_path / "again", seed=1)
+  again = make_run(tmp_path / "again", seed=1, fairness__method="erm")
   with pytest.raises(ValueError, match=r"plain_seed1 and .*again have one"):
     compare.group_runs([*runs, again])
+
+
+@pytest.mark.parametrize(
+  "changed",
+  [
+    {"data__phantom__seed": 1},
+    {"data__source": "/data/1", "data__split": "lists/1.txt"},
+    {"data__directory": "/prepared/1"},
+    {"data__phantom__test_seed": 3, "data__pooled": ("Asian",)},
+    {"image__weights": "/elsewhere/sd"},
+    {"log__every": 7, "checkpoint__keep": 3, "parallel__fsdp": 2},
+    {"baseline": False, "evaluation__batch_size": 3},
+    {"train__segmenter": (2, 8)},  # the same in steps as the recipe's shares
+  ],
+)
+def test_what_a_seed_or_a_place_changes_is_no_method(tmp_path, changed):
+  common = {"data__min_cases": 2, "image__weights": "/here/sd"}
+  runs = [
+    make_run(tmp_path / "erm_0", **common),
+    make_run(tmp_path / "erm_1", seed=1, **(common | changed)),
+  ]
+  assert compare.group_runs(runs) == {"erm": runs}
+
+
+def test_runs_on_other_patients_may_have_one_seed(tmp_path):
+  runs = [
+    make_run(tmp_path / f"erm_{i}", data__directory=f"/prepared/{i}")
+    for i in (0, 1)
+  ]
+  assert compare.group_runs(runs) == {"erm": runs}
+
+
+def test_methods_are_named_by_the_fields_in_which_they_differ(tmp_path):
+  """Where their directories do not tell them apart."""
+  changes = (
+    {"fairness__weight": 0.5},
+    {"fairness__weight": 0.5, "seed": 1},
+    {"fairness__weight": 2.0, "segmenter__weights": "/a/sam.pth"},
+  )
+  runs = [
+    make_run(tmp_path / str(i) / "run", **change)
+    for i, change in enumerate(changes)
+  ]
+  assert compare.group_runs(runs) == {
+    "run, fairness.weight=0.5, segmenter.weights=": runs[:2],
+    "run, fairness.weight=2.0, segmenter.weights=sam.pth": runs[2:],
+  }
+
+
+def test_a_run_that_was_changed_on_the_way_is_another_method(tmp_path):
+  straight = make_run(tmp_path / "a_0", train__steps=16)
+  longer = make_run(tmp_path / "a_1", seed=1)
+  config = configs.load(longer).unlock()
+  config.train.steps = 16
+  configs.claim(longer, config, step=8, proceed=True)
+  assert len(compare.group_runs([straight, longer], ["a", "b"])) == 2
 
 
 def test_one_run_alone(tmp_path):
@@ -243,6 +304,76 @@ def test_one_run_alone(tmp_path):
   text = (tmp_path / "out" / "comparison.md").read_text()
   assert "±" not in text.split("## How to read")[0]
   assert text.count("\n## ") == 4
+
+
+def test_summary_holds_the_rows_and_the_differences(study):
+  _, rows, out = study
+  summary = json.loads((out / "summary.json").read_text())
+  assert summary["reference"] == "reference"
+  assert summary["ceiling"] == "ceiling"
+  assert summary["groups"] == {"Asian": 12, "Black": 32, "White": 40}
+  assert summary["n"] == 87
+  assert [Path(run).name for run in summary["methods"][EVIL]] == ["1_0", "1_1"]
+  assert len(summary["rows"]) == len(rows)
+  for row in summary["rows"]:
+    expected = rows[tuple(row[key] for key in compare.KEYS)]
+    for key in compare.VALUES:
+      value = np.nan if row[key] is None else row[key]
+      np.testing.assert_equal(value, expected[key])
+  differences = {
+    tuple(row[key] for key in compare.KEYS): row
+    for row in summary["differences"]
+  }
+  assert {key[0] for key in differences} == {EVIL, "ceiling"}
+  row = differences[EVIL, "cup", "dice", "es", ""]
+  assert row["p"] == rows[EVIL, "cup", "dice", "es", ""]["p"]
+  assert row["difference"] == rows[EVIL, "cup", "dice", "es", ""]["difference"]
+
+
+def test_no_figure_ends_a_comparison(tmp_path):
+  """Structures that are nowhere, a group of one, patients of unknown group."""
+  for i, groups in enumerate((["unknown"] * 3, ["Asian", "Black", "Black"])):
+    columns = {"name": list("abc"), "group": np.array(groups)}
+    columns |= {key: np.full(3, 0.5) for key in map("_".join, compare.SCORES)}
+    columns |= dict.fromkeys(("cup_dice", "rim_hd95"), np.full(3, np.nan))
+    runs = {
+      name: [make_run(tmp_path / f"{name}{i}", columns)] for name in ("a", "b")
+    }
+    out = tmp_path / f"out{i}"
+    compare.compare_runs(runs, out, ceiling="b")
+    text = (out / "comparison.md").read_text()
+    assert "nan" not in text + (out / "index.html").read_text()
+    assert json.loads((out / "summary.json").read_text())["n"] == 3
+
+
+def test_a_comparison_is_complete_or_absent(tmp_path, monkeypatch):
+  run = make_run(tmp_path / "run", table(np.random.default_rng(0)))
+  (tmp_path / "out").mkdir()
+  whole = files.write
+
+  def full(path, data):
+    if path.name == "comparison.md":
+      raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    whole(path, data)
+
+  monkeypatch.setattr(files, "write", full)
+  with pytest.raises(OSError, match="No space left .*comparison.md"):
+    compare.compare_runs({"A": [run]}, tmp_path / "out")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+  assert not list((tmp_path / "out").iterdir())
+  monkeypatch.undo()
+  compare.compare_runs({"A": [run]}, tmp_path / "out")
+  assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_cells_run_nothing_in_a_spreadsheet(tmp_path):
+  columns = table(np.random.default_rng(0))
+  columns["name"][0] = "=cmd|' /C calc'!A0"
+  run = make_run(tmp_path / "run", columns)
+  assert "\n=" not in (run / "report" / "cases.csv").read_text()
+  assert compare.read_cases(run)["name"][0] == columns["name"][0]
+  compare.compare_runs({"=1+1": [run]}, tmp_path / "out")
+  assert "\n=" not in (tmp_path / "out" / "comparison.csv").read_text()
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -301,7 +432,7 @@ def test_other_cases_or_groups_cannot_be_paired(tmp_path):
 def test_other_definitions_cannot_be_compared(tmp_path):
   columns = table(np.random.default_rng(0))
   a = make_run(tmp_path / "a", columns)
-  b = make_run(tmp_path / "b", columns, equity="fairseg_sum")
+  b = make_run(tmp_path / "b", columns, definitions=SUM)
   out = tmp_path / "out"
   with pytest.raises(ValueError, match=r"a and .*b were .* by different .*"):
     compare.compare_runs({"A": [a], "B": [b]}, out)
@@ -316,11 +447,45 @@ def test_other_definitions_cannot_be_compared(tmp_path):
   assert not out.exists()
 
 
+def test_other_patients_of_the_same_names_cannot_be_paired(tmp_path):
+  columns = table(np.random.default_rng(0))
+  a, b, c = (
+    make_run(
+      tmp_path / name,
+      columns,
+      facts={"image size": size, report.TEST_DIGEST: digest},
+    )
+    for name, size, digest in (
+      ("a", "8x8", "1"),
+      ("b", "8x8", "2"),
+      ("c", "16x16", "3"),
+    )
+  )
+  message = r"a and .*b were not tested on the same cases: their names, images"
+  with pytest.raises(ValueError, match=message):
+    compare.compare_runs({"A": [a], "B": [b]}, tmp_path / "out")
+  compare.compare_runs({"A": [a], "C": [c]}, tmp_path / "out")
+
+
+def test_a_report_of_other_cases_than_its_table_is_named(tmp_path):
+  run = make_run(tmp_path / "run", table(np.random.default_rng(0)))
+  path = run / "report" / "summary.json"
+  for summary, message in (
+    ({"n": 88}, "cases.csv has 87 cases, summary.json speaks of 88"),
+    ({"tables": {}}, "no segmentation figures; leave it out"),
+    ({"facts": []}, "summary.json is damaged .'facts'"),
+    ({"sha256": {"cases.csv": "0"}}, "cases.csv is not the table of"),
+  ):
+    path.write_text(json.dumps({"definitions": {}} | summary))
+    with pytest.raises(ValueError, match=message):
+      compare.compare_runs({"A": [run]}, tmp_path / "out")
+
+
 def test_definitions_are_those_of_the_reports(tmp_path):
   columns = table(np.random.default_rng(0))
   other = columns | {"cup_dice": columns["cup_dice"] + 0.05}
   runs = {
-    name: [make_run(tmp_path / name, values, equity="fairseg_sum")]
+    name: [make_run(tmp_path / name, values, definitions=SUM)]
     for name, values in (("a", columns), ("b", other))
   }
   rows = compare.compare_runs(runs, tmp_path / "out")
@@ -353,11 +518,16 @@ def test_launch_script(tmp_path):
   rng = np.random.default_rng(0)
   make_run(tmp_path / "a_0", table(rng))
   make_run(tmp_path / "a_1", table(rng), seed=1)
-  make_run(tmp_path / "b", table(rng), method="gap")
-  done = launch("a_0", "a_1", "b", "--names", "first,second")
+  make_run(tmp_path / "b", table(rng), fairness__method="gap")
+  done = launch(
+    *("a_0", "a_1", "b", "--names", "first,second"),
+    *("--reference", "second", "--ceiling", "first"),
+  )
   assert done.returncode == 0, done.stderr
   assert "comparison/index.html" in done.stdout
-  assert "| second | 1 |" in (tmp_path / "comparison/comparison.md").read_text()
+  text = (tmp_path / "comparison/comparison.md").read_text()
+  assert "| second | 1 |" in text
+  assert "Dice less that of second" in text and "from second to first" in text
   again = launch("a_0", "b")
   assert again.returncode == 1
   assert again.stderr.startswith("error: comparison is not empty")

@@ -1,8 +1,10 @@
 """Exports of synthetic cases: files, provenance, going on, refusals."""
 
 import csv
+import errno
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -129,13 +131,14 @@ def test_summary_agrees_with_the_files(exported):
 
 def test_manifest_says_where_each_case_is_from(exported, config):
   request = json.loads((exported / "request.json").read_text())
-  lines = manifest(exported)
+  lines, found = manifest(exported), digests(exported)
   assert [line["file"] for line in lines] == FILES
   assert [line["number"] for line in lines] == list(range(11))
   assert [line["group"] for line in lines] == ["Asian"] * 5 + ["White"] * 6
   for line in lines:
     with np.load(exported / line["file"]) as arrays:
       assert line["attempts"] == arrays["attempts"] >= 1
+    assert line["sha256"] == found[line["file"]]
     assert line["synthetic"] is True
     assert line["seed"] == 3
     assert line["checkpoint_step"] == 0
@@ -174,12 +177,66 @@ def test_an_export_can_be_prepared(exported, tmp_path):
 
 def test_goes_on_after_files_were_lost(exported, workdir, calls, tmp_path):
   before = digests(exported)
-  for name in (FILES[9], "manifest.jsonl", "contact_sheet.png"):
-    (exported / name).unlink()
+  for lost, made in (
+    ([FILES[9], "contact_sheet.png"], [[8, 9, 10]]),  # whole chunks, no other
+    (["data_summary.csv"], []),
+    # Nobody knows then what was written: all is made, and compared.
+    (["manifest.jsonl"], [[*range(8)], [8, 9, 10]]),
+  ):
+    for name in lost:
+      (exported / name).unlink()
+    calls.clear()
+    export.export(workdir, exported, list(reversed(COUNTS)), seed=3)
+    assert calls == made
+    assert digests(exported) == before
+
+
+@pytest.mark.parametrize("name", [FILES[2], "data_summary.csv"])
+def test_an_exchanged_file_is_named(exported, workdir, calls, tmp_path, name):
+  out = Path(shutil.copytree(exported, tmp_path / "out"))
+  shutil.copyfile(out / FILES[9], out / name)
+  before = digests(out)
   calls.clear()
-  export.export(workdir, exported, list(reversed(COUNTS)), seed=3)
-  assert calls == [[8, 9, 10]]  # the whole chunk and no other
-  assert digests(exported) == before
+  message = f"{out / name} is not .*; move it away, and the same command"
+  with pytest.raises(ValueError, match=message):
+    export.export(workdir, out, COUNTS, seed=3)
+  assert calls == [] and digests(out) == before
+  (out / name).unlink()
+  export.export(workdir, out, COUNTS, seed=3)
+  assert digests(out) == digests(exported)
+
+
+def test_a_file_that_nobody_has_recorded_is_not_overwritten(
+  exported, workdir, calls, tmp_path
+):
+  out = Path(shutil.copytree(exported, tmp_path / "out"))
+  lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+  (out / "manifest.jsonl").write_text("".join(lines[:8]) + lines[8][:40])
+  shutil.copyfile(out / FILES[0], out / FILES[9])
+  before = digests(out)
+  calls.clear()
+  message = f"{out / FILES[9]} is not what this request makes here; move it"
+  with pytest.raises(ValueError, match=message):
+    export.export(workdir, out, COUNTS, seed=3)
+  assert calls == [[8, 9, 10]] and digests(out) == before
+
+
+def test_a_damaged_request_is_named(exported, workdir, calls, tmp_path):
+  out = Path(shutil.copytree(exported, tmp_path / "out"))
+  (out / "request.json").write_text('{"seed": 3')
+  message = f"{out / 'request.json'} is damaged .*another directory .--out"
+  with pytest.raises(ValueError, match=message):
+    export.export(workdir, out, COUNTS, seed=3)
+
+
+def test_a_full_disk_is_named(workdir, calls, tmp_path, monkeypatch):
+  def full(self, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(Path, "write_bytes", full)
+  with pytest.raises(OSError, match="No space left on device: .*request.json"):
+    export.export(workdir, tmp_path / "out", COUNTS, seed=3)
+  assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("written", [0, 3, 9])
@@ -209,7 +266,7 @@ def test_goes_on_after_a_kill(
 def test_another_request_is_refused(exported, workdir, calls):
   before = digests(exported)
   calls.clear()
-  with pytest.raises(FileExistsError, match=r"seed 3 \(now 4\)\. Name another"):
+  with pytest.raises(FileExistsError, match=r"seed 3 \(now 4\); name another"):
     export.export(workdir, exported, COUNTS, seed=4)
   with pytest.raises(FileExistsError, match=r"'White': 6} \(now {'Asian': 1}"):
     export.export(workdir, exported, ["Asian=1"], seed=3)

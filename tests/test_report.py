@@ -1,17 +1,22 @@
 """The report: its files, its figures, and that the page stands alone."""
 
+import errno
 import html.parser
 import json
 import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fairdiff_jax import files
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness import metrics, uncertainty
 
 GROUPS = ("Asian", "Black", "White")
 EVIL = '<script src="//x">&"$a$'
+AGREEMENT = ("synthetic", "real", "ratio")
 VOID = ("meta", "br", "link", "img", "input", "hr")
 
 
@@ -24,7 +29,7 @@ def disc(shape, radius):
 @pytest.fixture(scope="module")
 def case():
   rng = np.random.default_rng(0)
-  group = np.r_[np.repeat([0, 1, 2], (3, 4, 31)), -1]
+  group = np.r_[np.repeat([0, 1, 2], (8, 9, 31)), -1]
   label = np.stack([disc((24, 28), r) for r in rng.uniform(6, 9, len(group))])
   better = np.roll(label, 1, axis=2)
   worse = np.where(
@@ -128,8 +133,8 @@ def test_files(written, case):
 
 def test_summary_equals_direct_computation(written, case):
   _, result = written
-  assert result["n"] == 39
-  assert result["groups"] == {"Asian": 3, "Black": 4, "White": 31}
+  assert result["n"] == 49
+  assert result["groups"] == {"Asian": 8, "Black": 9, "White": 31}
   for model, prediction in (("Ours", "prediction"), (EVIL, "worse")):
     for name, cls in (("rim", 1), ("cup", 2), ("disc", (1, 2))):
       dice = metrics.dice(case["label"], case[prediction], cls)
@@ -238,8 +243,8 @@ def test_page_stands_alone(written):
   assert page.addresses
   assert all(a.startswith(("#", "data:image/png")) for a in page.addresses)
   drawings = [a for tag, a in page.tags if tag == "svg"]
-  # 2 bars, 6 worst cases, strips of 3 + 3, 4 + 1, 8 + 0, 1 loss, 1 risk
-  assert len(drawings) == 2 + 6 + 19 + 2
+  # 2 bars, 6 worst cases, strips of 8 + 3, 8 + 1, 8 + 0, 1 loss, 1 risk
+  assert len(drawings) == 2 + 6 + 28 + 2
   assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
 
 
@@ -270,6 +275,22 @@ def test_verdict_admits_the_opposite_and_a_draw(case, tmp_path):
   assert " worse<" in (tmp_path / "index.html").read_text()
   drawn = report.write(tmp_path, title="t", models={"A": ours, "B": ours})
   assert "A is not shown to be fairer or less fair than B" in drawn["verdict"]
+
+
+def test_no_claim_rests_on_a_few_cases(tmp_path):
+  """Three of Asian patients that the baseline fails; the others are alike."""
+  group = np.repeat([0, 1], (3, 60))
+  label = np.stack([disc((24, 28), 8)] * len(group))
+  names = list(map(str, range(len(group))))
+  ours, baseline = (
+    segmentation.per_case(label, prediction, names, group, ["Asian", "White"])
+    for prediction in (label, label * (group == 1)[:, None, None])
+  )
+  result = report.write(tmp_path, title="t", models={"A": ours, "B": baseline})
+  row = result["difference"]["cup"]["dice"]["gap"]
+  assert row["difference"] == -1 and row["high"] < 0
+  assert row["p"] == 2 / 2**3
+  assert "not shown to be fairer" in result["verdict"]
 
 
 def test_no_claim_where_the_interval_holds_0(tmp_path):
@@ -335,6 +356,147 @@ def test_undefined_figures_are_dashes(tmp_path):
   assert "nan" not in " ".join(Page(text).text)
 
 
+numbers = st.sampled_from([0.0, 0.5, 1.0, np.nan])
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_no_figure_ends_a_report(tmp_path_factory, data):
+  """Groups of none, of one and of all alike; structures that are nowhere."""
+  n = data.draw(st.integers(0, 5))
+  group = data.draw(
+    st.lists(st.sampled_from(["A", "B", segmentation.UNKNOWN]), min_size=n)
+  )[:n]
+  mask = np.zeros((n, 8, 8), np.uint8)
+  columns = segmentation.per_case(
+    mask, mask, list(map(str, range(n))), np.full(n, -1), []
+  ) | {"group": np.array(group, str)}
+  models = {"Ours": columns}
+  if data.draw(st.booleans()):
+    models["Other"] = dict(columns)
+  for table in models.values():
+    for key in set(table) - {"name", "group"}:
+      if data.draw(st.booleans()):
+        table[key] = np.full(n, data.draw(numbers))
+      else:
+        table[key] = np.array([data.draw(numbers) for _ in range(n)])
+  directory = tmp_path_factory.mktemp("report")
+  result = report.write(
+    directory,
+    title="t",
+    models=models,
+    cases={"image": mask, "label": mask, "prediction": mask},
+    synthetic={"image": mask, "mask": mask, "group": np.array(group, str)},
+    agreement={"Ours": {"A": {"cup": dict.fromkeys(AGREEMENT, np.nan)}}},
+    counts={},
+  )
+  assert result == json.loads((directory / "summary.json").read_text())
+  shown = " ".join(Page((directory / "index.html").read_text()).text)
+  assert not re.search(r"\b(nan|inf|None)\b", shown)
+
+
+def test_a_report_without_models_says_why(case, tmp_path):
+  group = np.array([*GROUPS, "unknown"])[case["group"]]
+  result = report.write(
+    tmp_path,
+    title="t",
+    models={},
+    reason="no segmenter was trained",
+    cases={"image": case["image"], "label": case["label"], "group": group},
+    synthetic={
+      "image": case["image"][:1],
+      "mask": case["label"][:1],
+      "group": ["Asian"],
+    },
+    counts={"Asian": {"real": 9, "synthetic": 0}},
+    notices=["The bank is empty."],
+  )
+  assert "no segmentation figures because no segmenter" in result["verdict"]
+  assert (result["n"], result["models"], result["tables"]) == (0, {}, {})
+  page = Page((tmp_path / "index.html").read_text())
+  assert result["verdict"] in page.text
+  assert "The bank is empty." in page.text
+  drawings = [a for tag, a in page.tags if tag == "svg"]
+  assert len(drawings) == 8 + 1 + 8 + 8
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "index.html",
+    "summary.json",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("content", "curves", "notice"),
+  [
+    ('{"step": 1, "loss/a": 2}\n{"step": 2, "lo', 1, None),
+    ("[1]\n", 0, None),
+    ('{"loss/a": 2}\n{"step": "x", "loss/a": 2}\n', 0, None),
+    ('{"step": 1, "loss/a": "x"}\n', 0, None),
+    ("", 0, None),
+    (None, 0, "metrics.jsonl does not exist"),
+    ("\0\0", 0, "metrics.jsonl is not text"),
+  ],
+)
+def test_a_damaged_log_costs_its_curves(
+  case, tmp_path, content, curves, notice
+):
+  log = tmp_path / "metrics.jsonl"
+  if content is not None:
+    log.write_text(content)
+  models = {"A": case["columns"][0]}
+  result = report.write(tmp_path / "r", title="t", models=models, log=log)
+  assert len(result["notices"]) == bool(notice)
+  assert (notice or "") in "".join(result["notices"])
+  text = (tmp_path / "r" / "index.html").read_text()
+  assert text.count("Loss: a") == 2 * curves  # as text and for screen readers
+
+
+def test_a_report_is_complete_or_absent(case, tmp_path, monkeypatch):
+  """What is there of an earlier one does not make up for the rest."""
+  ours, baseline = case["columns"]
+  directory = tmp_path / "report"
+  report.write(directory, title="t", models={"A": ours, "B": baseline})
+  assert report.read(tmp_path)["n"] == 49
+  whole = files.write
+
+  def full(path, data):
+    if path.name == "index.html":
+      raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    whole(path, data)
+
+  monkeypatch.setattr(files, "write", full)
+  with pytest.raises(OSError, match="No space left on device: .*index.html"):
+    report.write(directory, title="t", models={"A": ours})
+  with pytest.raises(FileNotFoundError, match=r"launch/evaluate\.py"):
+    report.read(tmp_path)
+  monkeypatch.undo()
+  report.write(directory, title="t", models={"A": ours})
+  assert not (directory / "cases_2.csv").exists()
+  assert report.read(tmp_path)["title"] == "t"
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("cases.csv", "name,group\n", "cases.csv is not the table of .*summary"),
+    ("cases.csv", None, "cases.csv does not exist"),
+    ("summary.json", "{", "summary.json is damaged"),
+    ("summary.json", "{}", "does not say its definitions"),
+    ("summary.json", '{"definitions": 3}', "summary.json is damaged"),
+    ("summary.json", '{"definitions": {"equity": "x"}}', "is damaged .*equity"),
+  ],
+)
+def test_a_damaged_report_is_named(case, tmp_path, name, content, message):
+  models = {"A": case["columns"][0]}
+  report.write(tmp_path / "report", title="t", models=models)
+  path = tmp_path / "report" / name
+  path.unlink() if content is None else path.write_text(content)
+  with pytest.raises(
+    (ValueError, FileNotFoundError),
+    match=rf"{message}.*launch/evaluate\.py --workdir {tmp_path}",
+  ):
+    report.read(tmp_path)
+
+
 def test_read_log(log):
   curves = report.read_log(log)
   assert sorted(curves) == ["loss/total", "risk/Asian"]
@@ -349,8 +511,10 @@ def test_arguments_are_checked(case, tmp_path):
   shorter = {key: value[1:] for key, value in ours.items()}
   with pytest.raises(ValueError, match="same cases"):
     report.write(tmp_path, title="t", models={"A": ours, "B": shorter})
-  with pytest.raises(ValueError, match="models"):
+  with pytest.raises(ValueError, match="no models .* and no reason"):
     report.write(tmp_path, title="t", models={})
+  with pytest.raises(ValueError, match="at most 6 models, got 7"):
+    report.write(tmp_path, title="t", models=dict.fromkeys("ABCDEFG", ours))
   with pytest.raises(ValueError, match="image"):
     report.write(
       tmp_path,

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import phantom, phantom_study
+from fairdiff_jax import config as configs
 from fairdiff_jax import experiment, study
 from fairdiff_jax.training.schedule import active_networks
 
@@ -27,9 +28,9 @@ def done(monkeypatch):
     done.append((workdir.name, config))
     figure = 1 - abs(config.fairness.temperature - 0.2)
     figures = {cls: {"dice": {"es": figure}} for cls in ("cup", "rim")}
-    (workdir / "report").mkdir(parents=True)
+    (workdir / "report").mkdir(parents=True, exist_ok=True)
     (workdir / "report" / "summary.json").write_text(
-      json.dumps({"models": {"model": figures}})
+      json.dumps({"definitions": {}, "models": {"model": figures}})
     )
     (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
     return True
@@ -87,6 +88,45 @@ def test_a_study_chooses_runs_shares_and_compares(tmp_path, done, compared):
   count = len(done)
   call(tmp_path)  # everything is there
   assert len(done) == count and len(compared) == 2
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    None,
+    "",
+    '{"definitions": {}, "models": {"mod',
+    '{"definitions": {}, "models": {}}',
+    '{"definitions": {}, "models": {"model": {"cup": 1}}}',
+    '{"definitions": {}, "models": [], "sha256": {}}',
+    '{"definitions": {}, "models": {}, "sha256": {"cases.csv": ""}}',
+  ],
+)
+def test_a_damaged_report_is_not_trusted(tmp_path, done, compared, content):
+  call(tmp_path)
+  done.clear()
+  path = tmp_path / "erm_1" / "report" / "summary.json"
+  path.unlink() if content is None else path.write_text(content)
+  call(tmp_path)
+  assert [name for name, _ in done] == ["erm_1"]
+
+
+def test_a_run_of_another_config_is_not_taken_for_the_study_s(
+  tmp_path, done, compared
+):
+  call(tmp_path)
+  configs.claim(tmp_path / "erm_1", phantom.get_config("smoke"))
+  with pytest.raises(ValueError, match="erm_1 holds a run of another config"):
+    call(tmp_path)
+
+
+def test_a_setting_without_a_score_is_not_chosen(tmp_path, monkeypatch):
+  scores = iter([None, 0.2, 0.3])
+  monkeypatch.setattr(study, "_run", lambda config, workdir: workdir)
+  monkeypatch.setattr(study, "_score", lambda workdir: next(scores))
+  base = phantom.get_config("smoke")
+  chosen = study.choose(base, tmp_path / "new", METHODS, CHOICES)
+  assert chosen == {"worst, tuned": {"fairness.temperature": 0.3}}
 
 
 def test_a_stopped_study_says_so(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Intervals and tests of group figures, against hand computation and scipy."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -176,13 +178,16 @@ def test_compare_is_paired():
   assert row["low"] > 0
   # The cases' luck cancels: the difference is known far better than the mean.
   assert row["high"] - row["low"] < 0.1 * np.diff(single["groups"]["B"])[0]
-  assert row["p_bootstrap"] == pytest.approx(2 / 201)
+  # 80 gains alike: p of a 201st of exchanges, the runs as they are.
+  assert row["p_bootstrap"] == pytest.approx(1 / 201)
   assert row["p_wilcoxon"] == pytest.approx(
     stats.wilcoxon((better - values)[group == 1]).pvalue
   )
   assert row["n"] == 80
   assert row["p_wilcoxon"] < row["p_wilcoxon_holm"] < 1e-6
-  assert paired["overall"]["p"] == pytest.approx(2 / 201)
+  # No resample is at 0; a mean of 340 cases has Student's tails.
+  tail = stats.t.cdf(stats.norm.ppf(1 / 201) * (339 / 340) ** 0.5, 339)
+  assert paired["overall"]["p"] == pytest.approx(2 * tail)
 
 
 def test_compare_figures_and_sign():
@@ -218,6 +223,117 @@ def test_compare_leaves_out_cases_undefined_in_either():
   assert uncertainty.compare(a, b, group, NAMES, **FAST) == uncertainty.compare(
     values[keep], other[keep], group[keep], NAMES, **FAST
   )
+
+
+def test_the_p_of_four_cases_is_not_given():
+  """However alike they gain."""
+  values, group = [0.5, 0.6, 0.7, 0.8], [0, 0, 0, 0]
+  paired = uncertainty.compare(values, np.add(values, 0.1), group, "A", **FAST)
+  row = paired["groups"]["A"]
+  assert row["difference"] == pytest.approx(0.1)
+  assert np.isnan([row[k] for k in row if k.startswith("p_")]).all()
+  assert np.isnan([paired[k]["p"] for k in ("overall", "gap", "es")]).all()
+
+
+def test_the_p_of_six_cases_by_hand():
+  a, b = np.zeros(6), np.array([1, 2, 3, 4, 5, -1.5])
+  (row,) = uncertainty.compare(a, b, np.zeros(6, int), "A")["groups"].values()
+  # Of 64 choices of signs, sums of 13.5, 14.5 and 16.5, and their opposites.
+  sums = np.array(list(itertools.product([1, -1], repeat=6))) @ np.abs(b)
+  expected = np.mean(np.abs(sums) >= 13.5)
+  assert row["p_bootstrap"] == pytest.approx(expected) == 6 / 64
+  # Positive ranks are all but 2: as far out are the sums 19, 20 and 21.
+  assert row["p_wilcoxon"] == pytest.approx(2 * 3 / 64)
+  assert stats.wilcoxon(b, method="exact").pvalue == row["p_wilcoxon"]
+
+
+@pytest.mark.parametrize("n", [6, 12, 13, 29])
+def test_as_many_signs_as_cases_decide(n):
+  """All gain: only the exchanges of none and of all are as far from 0."""
+  gains = np.random.default_rng(n).uniform(0.1, 0.2, n)
+  values, group = np.full(n, 0.5), np.zeros(n, int)
+  paired = uncertainty.compare(values, values + gains, group, "A", **FAST)
+  row = paired["groups"]["A"]
+  least = 2 / 2**n
+  assert row["p_wilcoxon"] == pytest.approx(least)
+  expected = least if n <= uncertainty.ALL_EXCHANGES else 1 / 201
+  assert row["p_bootstrap"] == paired["overall"]["p"] == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), sizes=st.lists(st.integers(0, 40), min_size=1))
+def test_no_p_is_below_what_the_cases_allow(data, sizes):
+  sizes = sizes[:3]
+  n = sum(sizes)
+  group = np.repeat(np.arange(len(sizes)), sizes)
+  group = np.where(data.draw(st.booleans()), group, -1)
+  seed = data.draw(st.integers(0, 99))
+  rng = np.random.default_rng(seed)
+  values = rng.choice([0, 0.5, 1, np.nan], n, p=[0.2, 0.3, 0.4, 0.1])
+  gain = data.draw(st.sampled_from([0, 0.1, 1]))
+  changed = rng.random(n) < data.draw(st.sampled_from([0.1, 1]))
+  other = np.where(changed, values + gain, values)
+  paired = uncertainty.compare(
+    values, other, group, NAMES, seed=seed, num_resamples=50
+  )
+  known = ~np.isnan(values + other)
+  tests = {k: (paired[k], known) for k in ("overall", "gap", "es")}
+  for g, name in enumerate(NAMES):
+    tests[name] = (paired["groups"][name], known & (group == g))
+  for row, member in tests.values():
+    cases = int(member.sum())
+    differing = int(np.sum((other != values)[member]))
+    for key in (k for k in row if k.startswith("p")):
+      if np.isnan(row[key]):
+        continue
+      assert cases >= uncertainty.MIN_TESTED
+      assert (
+        1 >= row[key] >= min(1, 2.0 ** (1 - differing)) >= 2.0 ** (1 - cases)
+      )
+
+
+def test_false_alarms_of_few_cases():
+  """Of runs that are alike; the bound is 3.3 standard errors above 5%."""
+  trials = 300
+  group = np.repeat([0, 1, 2], (8, 13, 20))
+  alarms = []
+  for seed in range(trials):
+    rng = np.random.default_rng(seed)
+    luck = rng.beta(8, 2, len(group))
+    a, b = luck + rng.normal(0, 0.05, (2, len(group)))
+    paired = uncertainty.compare(a, b, group, NAMES, seed=seed, **FAST)
+    rows = paired["groups"].values()
+    found = [paired[k]["p"] for k in ("overall", "gap", "es")]
+    found += [paired["groups"]["A"][k] for k in ("p_bootstrap", "p_wilcoxon")]
+    for test in ("p_bootstrap_holm", "p_wilcoxon_holm"):
+      found.append(min(row[test] for row in rows))
+    alarms.append([p <= 0.05 for p in found])
+  assert (
+    np.mean(alarms, 0) <= 0.05 + 3.3 * (0.05 * 0.95 / trials) ** 0.5
+  ).all()
+
+
+def test_a_small_group_makes_gap_and_es_exact():
+  """Four cases of B gain alike; A and C, of 40 each, do not change."""
+  group = np.repeat([0, 1, 2], (40, 4, 40))
+  values = np.random.default_rng(0).uniform(0.7, 0.8, 84)
+  better = values + 0.3 * (group == 1)
+  paired = uncertainty.compare(values, better, group, NAMES)
+  for kind in ("overall", "gap", "es"):
+    assert paired[kind]["p"] >= 2 / 2**4
+  assert np.isnan(paired["groups"]["B"]["p_bootstrap"])
+  assert paired["groups"]["A"]["p_bootstrap"] == 1
+
+
+def test_wilcoxon_with_ties_and_zeros_is_exact():
+  d = np.array([0, 0, 1, 1, 1, -1, 2, 2, -3, 4, 5, 6.0])
+  n = np.count_nonzero(d)
+  ranks = stats.rankdata(np.abs(d[d != 0]))
+  signs = np.array(list(itertools.product([0, 1], repeat=n)))
+  sums, found = signs @ ranks, ranks[d[d != 0] > 0].sum()
+  tail = min(np.mean(sums <= found), np.mean(sums >= found))
+  paired = uncertainty.compare(0 * d, d, np.zeros(12, int), "A", **FAST)
+  assert paired["groups"]["A"]["p_wilcoxon"] == pytest.approx(2 * tail)
 
 
 def test_holm_by_hand():

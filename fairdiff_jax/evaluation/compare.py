@@ -1,10 +1,12 @@
 """Comparison of methods: what a study says with several runs, and seeds.
 
-A *method* is one config; runs that differ only in their seed are its seeds.
-`group_runs` finds the methods among runs, `compare_runs` reads the runs'
-`report/cases.csv` and writes `comparison.csv` (every measure, one figure a
-row), `comparison.md` (Dice, for a README) and `index.html` (the same and a
-chart; no script, nothing loaded).
+A *method* is what a config says of how a run is trained; runs that differ only
+in what a seed changes, its number, the training patients and where they lie,
+are its seeds. `group_runs` finds the methods among runs, `compare_runs` reads
+the runs' `report/cases.csv` and writes `comparison.csv` (every measure, one
+figure a row), `comparison.md` (Dice, for a README), `index.html` (the same and
+a chart; no script, nothing loaded) and `summary.json` (the rows again, the
+paired differences alone, and what was compared).
 
 Tests are paired by test case. With several seeds a figure is its mean over
 the seeds, beside its standard deviation; intervals and tests are of each
@@ -12,14 +14,16 @@ case's mean over the seeds, so that they hold the chance of the test cases,
 not that of the seeds.
 """
 
-import csv
+import dataclasses
 import itertools
 import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,16 +31,22 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from fairdiff_jax import config as configs
+from fairdiff_jax import files
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness import metrics, uncertainty
 
 LEVEL = 0.95  # of intervals
 MARKERS = "os^vP*"
 KEYS = ("method", "class", "measure", "figure", "group")
-VALUES = (
-  *("n", "n_seeds", "value", "sd", "low", "high"),
+DIFFERENCE = (
   *("difference", "difference_low", "difference_high"),
-  *("p", "p_holm", "p_wilcoxon", "p_wilcoxon_holm", "share"),
+  *("p", "p_holm", "p_wilcoxon", "p_wilcoxon_holm"),
+)
+VALUES = ("n", "n_seeds", "value", "sd", "low", "high", *DIFFERENCE, "share")
+# Fields that say which training patients, or which test patients, a run had.
+NOT_OF_METHODS = (
+  "seed",
+  *(f"data.phantom.{name}" for name in ("seed", "test", "test_seed")),
 )
 SCORES = [(c, m) for c in segmentation.CLASSES for m in segmentation.MEASURES]
 SCORES += [("cup_to_disc", "error")]
@@ -49,10 +59,11 @@ Rows = dict[tuple[str, str, str, str, str], dict[str, float]]
 def group_runs(
   runs: Sequence[str | Path], names: Sequence[str] | None = None
 ) -> dict[str, list[Path]]:
-  """Sorts runs into methods: runs of one config apart from its seed.
+  """Sorts runs into methods: runs that differ only in what a seed changes.
 
   A method is called as its runs' directories are without a trailing `_N` or
-  `_seedN`; where these differ, by fairness method and data strategy.
+  `_seedN`; where these differ, or are those of another method too, by the
+  fields in which the methods differ.
 
   Args:
     runs: Work directories.
@@ -63,20 +74,24 @@ def group_runs(
 
   Raises:
     FileNotFoundError: A directory holds no run.
-    ValueError: No run, two of one config and seed, or names that do not fit.
+    ValueError: No run, two of one config, seed and data, or names that do not
+      fit.
   """
-  methods: dict[str, dict[int, Path]] = {}
+  fields: dict[str, dict[str, Any]] = {}
+  methods: dict[str, dict[Hashable, Path]] = {}
   for run in map(Path, runs):
-    config = configs.load(run)
-    seed = config.seed
-    with config.unlocked():
-      config.seed = 0
-    seeds = methods.setdefault(configs.config_hash(config), {})
+    record = configs.load_record(run)
+    method = _method(record)
+    key = json.dumps(method)
+    fields[key] = method
+    seeds, seed = methods.setdefault(key, {}), _seed(record)
     if seed in seeds:
-      raise ValueError(f"{seeds[seed]} and {run} have one config and seed")
+      raise ValueError(
+        f"{seeds[seed]} and {run} have one config, seed and data; leave one out"
+      )
     seeds[seed] = run
   members = [list(seeds.values()) for seeds in methods.values()]
-  found = [_name(runs) for runs in members]
+  found = _names(members, list(fields.values()))
   chosen = list(names or found)
   if len(chosen) != len(found) or len(set(chosen)) != len(chosen):
     raise ValueError(
@@ -86,12 +101,48 @@ def group_runs(
   return dict(zip(chosen, members, strict=True))
 
 
-def _name(runs: Sequence[Path]) -> str:
-  stems = {re.sub(r"_(seed)?\d+$", "", run.resolve().name) for run in runs}
-  if len(stems) == 1:
-    return stems.pop()
-  fairness = configs.load(runs[0]).fairness
-  return f"{fairness.method}, {fairness.strategy}".replace("_", " ")
+def _method(record: configs.Record) -> dict[str, Any]:
+  """The fields that make a run's method, by name, in JSON's types."""
+  fields = configs.compared(record.config)
+  method = {k: v for k, v in fields.items() if k not in NOT_OF_METHODS}
+  for network in ("image", "segmenter"):  # wherever they lie
+    method[f"{network}.weights"] = Path(record.config[network].weights).name
+  return method | {"changes": list(record.changes)}
+
+
+def _seed(record: configs.Record) -> Hashable:
+  """What tells the runs of a method apart."""
+  data = record.config.data
+  origin = (data.phantom.seed, data.source, data.directory, data.split)
+  return record.config.seed, record.data or origin
+
+
+def _names(
+  members: Sequence[Sequence[Path]], fields: Sequence[Mapping[str, Any]]
+) -> list[str]:
+  """What the methods are called, from their runs and fields."""
+  stems = [
+    {re.sub(r"_(seed)?\d+$", "", run.resolve().name) for run in runs}
+    for runs in members
+  ]
+  shared = Counter(next(iter(s)) for s in stems if len(s) == 1)
+  varying = [
+    name
+    for name in dict.fromkeys(itertools.chain(*fields))
+    if len({json.dumps(of.get(name)) for of in fields}) > 1
+  ]
+  names = []
+  for stem, of in zip(stems, fields, strict=True):
+    listed = ", ".join(f"{name}={_plain(of.get(name))}" for name in varying)
+    common = stem.pop() if len(stem) == 1 else ""
+    if common and shared[common] > 1:
+      common = f"{common}, {listed}"
+    names.append(common or listed or "all runs")
+  return names
+
+
+def _plain(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_cases(run: str | Path) -> dict[str, np.ndarray]:
@@ -103,44 +154,41 @@ def read_cases(run: str | Path) -> dict[str, np.ndarray]:
     FileNotFoundError: The run has no such table.
     ValueError: The table is empty, or lacks columns or numbers.
   """
-  path = Path(run) / "report" / "cases.csv"
+  path = Path(run) / report.DIRECTORY / report.TABLE
   remedy = f"make it with: python launch/evaluate.py --workdir {run}"
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
-  with open(path, newline="", encoding="utf-8") as file:
-    rows = list(csv.DictReader(file))
+  present, rows = files.read_csv(path)
   if not rows:
     raise ValueError(f"{path} holds no case; {remedy}")
-  try:
-    columns = {k: np.array([row[k] for row in rows]) for k in ("name", "group")}
-    for key in map("_".join, SCORES):
-      cells = [row[key] for row in rows]
-      columns[key] = np.array([float("nan" if c == "" else c) for c in cells])
-  except KeyError as error:
-    raise ValueError(f"{path} has no column {error}; {remedy}") from error
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
+  columns = {}
+  for name in ("name", "group", *map("_".join, SCORES)):
+    if name not in present:
+      raise ValueError(f"{path} has no column {name!r}; {remedy}")
+    columns[name] = np.array([row[name] for row in rows])
+    if name not in ("name", "group"):
+      try:
+        columns[name] = np.array([float(row[name] or "nan") for row in rows])
+      except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
   return columns
 
 
-def read_definitions(runs: Iterable[str | Path]) -> metrics.Definitions:
-  """What the reports of all these runs were measured by.
+def _definitions(summaries: Mapping[Path, Mapping]) -> metrics.Definitions:
+  """What all these reports were measured by.
 
   Raises:
-    FileNotFoundError: A run has no `report/summary.json`.
-    ValueError: A summary does not say, or two runs differ.
+    ValueError: A report has no figures, or two differ in their definitions.
   """
-  found: dict[Path, metrics.Definitions] = {}
-  for run in map(Path, runs):
-    path = run / "report" / "summary.json"
-    remedy = f"make it with: python launch/evaluate.py --workdir {run}"
-    if not path.exists():
-      raise FileNotFoundError(f"{path} does not exist; {remedy}")
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if "definitions" not in stored:
-      raise ValueError(f"{path} does not say its definitions; {remedy}")
-    found[run] = metrics.Definitions(**stored["definitions"])
-  (first, expected), *others = found.items()
+  for run, summary in summaries.items():
+    if summary.get("tables") == {}:
+      raise ValueError(
+        f"the report of {run} has no segmentation figures; leave it out"
+      )
+  (first, expected), *others = (
+    (run, metrics.Definitions(**summary["definitions"]))
+    for run, summary in summaries.items()
+  )
   for run, definitions in others:
     if definitions != expected:
       raise ValueError(
@@ -149,6 +197,34 @@ def read_definitions(runs: Iterable[str | Path]) -> metrics.Definitions:
         " (launch/evaluate.py)"
       )
   return expected
+
+
+def _check_tested(
+  summaries: Mapping[Path, Mapping], tables: Mapping[Path, segmentation.Columns]
+) -> None:
+  """Raises ValueError unless all were tested on the same cases.
+
+  Images and masks can only be the same where they have one size.
+  """
+  seen: dict[tuple, tuple[Path, str]] = {}
+  for run, summary in summaries.items():
+    cases = len(tables[run]["name"])
+    if summary.get("n", cases) != cases:
+      raise ValueError(
+        f"{run}: {report.TABLE} has {cases} cases, {report.SUMMARY} speaks of"
+        f" {summary['n']}; evaluate it again (launch/evaluate.py)"
+      )
+    facts = summary.get("facts", {})
+    digest = facts.get(report.TEST_DIGEST)
+    if digest is None:
+      continue
+    size = (facts.get("image size"), facts.get("crop"))
+    first, expected = seen.setdefault(size, (run, digest))
+    if digest != expected:
+      raise ValueError(
+        f"{first} and {run} were not tested on the same cases: their names,"
+        " images or masks differ; evaluate both on the same data"
+      )
 
 
 def _check_paired(tables: Mapping[Path, segmentation.Columns]) -> None:
@@ -394,8 +470,9 @@ def _notes(
     " are corrected for the noise of the group means, the figures are not, and"
     " both figures of the cases' means differ from their means over seeds.",
     f"Differences are to {reference}, paired by test case, of each case's mean"
-    " over the seeds. p is of the paired bootstrap, for groups after Holm over"
-    " the groups; Wilcoxon's is in comparison.csv.",
+    " over the seeds; p of the groups after Holm. Wilcoxon's signed-rank test,"
+    f" exact for up to {uncertainty.EXACT_RANKS} cases that differ, is in"
+    " comparison.csv.",
     "Worst group: the one with the lowest mean.",
   ]
   if ceiling:
@@ -403,7 +480,7 @@ def _notes(
       f"Share closed: of the distance of ES-Dice from {reference} to {ceiling},"
       f" times 100; – where {ceiling} is not above {reference}."
     )
-  terms = ("Dice, IoU", "ES-Dice", "Gap", "Groups", "Disc")
+  terms = ("Dice, IoU", "ES-Dice", "Gap", "p", "Groups", "Disc")
   glossary = report.glossary(definitions)
   return notes + [f"{term}: {glossary[term]}" for term in terms]
 
@@ -497,12 +574,12 @@ def compare_runs(
   reference: str | None = None,
   ceiling: str | None = None,
 ) -> list[dict]:
-  """Compares methods and writes `comparison.csv`, `.md` and `index.html`.
+  """Compares methods; writes `comparison.csv`, `.md`, `index.html`, a summary.
 
   Args:
     methods: Name -> its runs' directories, one a seed. All runs must have been
       evaluated on the same test cases, by the same definitions.
-    out: Made if absent; must be empty.
+    out: Made whole, or not at all; must be empty if it is there.
     reference: The method that the others are tested against; None for the
       first.
     ceiling: The method whose ES-Dice is the best to hope for. Each method
@@ -515,10 +592,11 @@ def compare_runs(
 
   Raises:
     FileExistsError: `out` holds files.
-    FileNotFoundError: A run has no table of cases or no summary.
+    FileNotFoundError: A run has no complete report.
+    OSError: A file cannot be written; the message names it.
     ValueError: No method, a method without run, an unknown reference or
-      ceiling, or runs that were not tested on the same cases or by the same
-      definitions.
+      ceiling, a damaged report, or runs that were not tested on the same cases
+      or by the same definitions.
   """
   out = Path(out)
   if out.exists() and any(out.iterdir()):
@@ -534,12 +612,17 @@ def compare_runs(
   for name, runs in methods.items():
     if not runs:
       raise ValueError(f"method {name!r} has no run")
+  summaries = {
+    Path(run): report.read(run) for run in itertools.chain(*methods.values())
+  }
+  definitions = _definitions(summaries)
   cases = {
     name: {Path(run): read_cases(run) for run in runs}
     for name, runs in methods.items()
   }
-  _check_paired({r: c for runs in cases.values() for r, c in runs.items()})
-  definitions = read_definitions(itertools.chain(*methods.values()))
+  tables_of = {r: c for runs in cases.values() for r, c in runs.items()}
+  _check_paired(tables_of)
+  _check_tested(summaries, tables_of)
   rows = _rows(
     {name: list(runs.values()) for name, runs in cases.items()},
     reference,
@@ -558,15 +641,32 @@ def compare_runs(
   for cls in segmentation.CLASSES:
     tables |= _tables(rows, cls, groups, reference, ceiling)
   charts = "".join(_chart(rows, c, groups) for c in segmentation.CLASSES)
-  texts = {
-    "comparison.md": _markdown(warning, notes, tables),
-    "index.html": _page(warning, notes, tables, charts),
+  summary = {
+    "definitions": dataclasses.asdict(definitions),
+    "n": n,
+    "groups": groups,
+    "methods": {k: list(map(str, runs)) for k, runs in methods.items()},
+    "reference": reference,
+    "ceiling": ceiling,
+    "level": LEVEL,
+    "rows": result,
+    "differences": [
+      {key: row[key] for key in (*KEYS, "n", "n_seeds", *DIFFERENCE)}
+      for row in result
+      if row["method"] != reference and row["figure"] != "worst"
+    ],
   }
-  out.mkdir(parents=True, exist_ok=True)
-  segmentation.write_csv(
-    out / "comparison.csv",
-    {key: [row[key] for row in result] for key in (*KEYS, *VALUES)},
+  text = json.dumps(
+    segmentation.json_ready(summary), indent=2, ensure_ascii=False
   )
-  for name, text in texts.items():
-    (out / name).write_text(text, encoding="utf-8")
+  with files.new_directory(out.absolute()) as directory:
+    segmentation.write_csv(
+      directory / "comparison.csv",
+      {key: [row[key] for row in result] for key in (*KEYS, *VALUES)},
+    )
+    markdown = _markdown(warning, notes, tables)
+    files.write(directory / "comparison.md", markdown)
+    page = _page(warning, notes, tables, charts)
+    files.write(directory / report.PAGE, page)
+    files.write(directory / report.SUMMARY, text + "\n")
   return result

@@ -1,6 +1,9 @@
 """Evaluation of a run: from its checkpoint to a report."""
 
-from collections.abc import Callable
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,20 +12,22 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fairdiff_jax import config as configs
-from fairdiff_jax.data.fairseg import Cases, load
+from fairdiff_jax.data.fairseg import Cases, check, load
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
 from fairdiff_jax.synthesis.generate import Generated, make_generator
+from fairdiff_jax.training.banks import bank_directory, read_bank
 from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.mesh import map_batch
 from fairdiff_jax.training.pools import case_groups
+from fairdiff_jax.training.schedule import bank_step
 from fairdiff_jax.training.setup import Setup, setup
 
 BASELINE = "Baseline (ERM)"
+REPORT = 2  # tells the noise of a report's cases from that of banks
 
 
 def make_predictor(
@@ -45,33 +50,40 @@ def make_predictor(
       )
       for i in range(0, len(images), batch_size)
     ]
-    return np.concatenate(labels).astype(np.uint8)
+    none = np.empty((0, *images.shape[1:]), np.uint8)
+    return np.concatenate([none, *labels]).astype(np.uint8)
 
   return predict
 
 
 def synthesize(
   run: Setup, inference: dict[str, Any], per_group: int
-) -> tuple[Generated, np.ndarray]:
-  """Fresh synthetic cases of every group, and their groups [n]."""
-  generate = make_generator(run)
-  group = np.repeat(
-    np.arange(len(run.objective.group_names), dtype=np.int32), per_group
+) -> tuple[Generated, np.ndarray, list[str]]:
+  """Fresh synthetic cases of every group, as many as have a sound mask.
+
+  Returns:
+    The cases, their groups [n], and a sentence for every group that lacks some.
+  """
+  names, attempts = run.objective.group_names, run.config.bank.max_attempts
+  group = np.repeat(np.arange(len(names), dtype=np.int32), per_group)
+  cases = make_generator(run)(
+    inference,
+    (run.config.seed, 0, REPORT),
+    np.arange(len(group)),
+    group,
+    "synthetic cases",
   )
-  number = np.arange(len(group))
-  size = run.config.bank.batch_size
-  # Seeds of banks are at least 0: these cases are in none of them.
-  seed = (1 << 31) - 1 - run.config.seed
-  chunks = [
-    generate(inference, seed, number[i : i + size], group[i : i + size])
-    for i in tqdm(
-      range(0, len(group), size),
-      desc="synthetic cases",
-      unit="batch",
-      disable=jax.process_index() != 0,
-    )
-  ]
-  return Generated(*map(np.concatenate, zip(*chunks, strict=True))), group
+  notices = []
+  for g, name in enumerate(names):
+    faults = Counter(cases.fault[(group == g) & ~cases.sound].tolist())
+    if faults:
+      why = ", ".join(f"{fault}: {n}" for fault, n in faults.most_common())
+      notices.append(
+        f"{faults.total()} of {per_group} synthetic patients of {name} could"
+        f" not be drawn: no sound mask in {attempts} draws each ({why})."
+      )
+  sound = np.flatnonzero(cases.sound)
+  return cases.take(sound), group[sound], notices
 
 
 def agreement(
@@ -87,34 +99,36 @@ def agreement(
 
   Returns:
     group (or 'all', the mean over groups) -> class -> {'synthetic', 'real',
-    'ratio'}.
+    'ratio'}; NaN where there is no case, and for the ratio to 0.
   """
   sides = {
     "synthetic": (generated.mask, predict(generated.image), synthetic_group),
     "real": (test.mask, predict(test.image), test_group),
   }
-  result = {}
-  for g, name in enumerate(names):
-    result[name] = {}
-    for cls, code in (("cup", CUP), ("rim", RIM)):
-      means = {}
-      for side, (label, prediction, group) in sides.items():
-        member = group == g
-        scores = dice(label[member], prediction[member], code, empty)
-        scores = scores[np.isfinite(scores)]
-        means[side] = float(scores.mean()) if len(scores) else float("nan")
-      result[name][cls] = means
-  result["all"] = {
-    cls: {
-      side: float(np.nanmean([result[name][cls][side] for name in names]))
-      for side in sides
+  result: dict[str, dict[str, dict[str, float]]] = {}
+  for cls, code in (("cup", CUP), ("rim", RIM)):
+    means = {
+      side: [_mean(scores[group == g]) for g in range(len(names))]
+      for side, (label, prediction, group) in sides.items()
+      for scores in [dice(label, prediction, code, empty)]
     }
-    for cls in ("cup", "rim")
-  }
-  for classes in result.values():
-    for means in classes.values():
-      means["ratio"] = means["synthetic"] / means["real"]
+    for i, name in enumerate((*names, "all")):
+      synthetic, real = (
+        _mean(of) if name == "all" else of[i] for of in means.values()
+      )
+      result.setdefault(name, {})[cls] = {
+        "synthetic": synthetic,
+        "real": real,
+        "ratio": synthetic / real if real > 0 else math.nan,
+      }
   return result
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+  """Mean of the values that are known; NaN where none is."""
+  known = np.asarray(values, float)
+  known = known[np.isfinite(known)]
+  return float(known.mean()) if len(known) else math.nan
 
 
 def definitions_of(evaluation: ConfigDict) -> Definitions:
@@ -136,6 +150,9 @@ def evaluate(
 ) -> dict:
   """Evaluates a run, with its baseline if it has one, and writes the report.
 
+  Without a segmenter or a test case the report has no segmentation figures and
+  says so; whatever else it lacks it says in notices.
+
   Args:
     workdir: the run's directory.
     directory: where the report goes; None for `<workdir>/report`.
@@ -154,34 +171,48 @@ def evaluate(
   definitions = definitions_of(evaluation)
   run = setup(config)
   step, inference = restore_inference(workdir, run.objective, run.abstract)
-  names = run.objective.group_names
+  names, tasks = run.objective.group_names, run.objective.tasks.keys()
   data = configs.data_directory(config, workdir)
-  test, train = load(data, "test"), load(data, "train")
-  test_group, train_group = (
-    case_groups(config, test),
-    case_groups(config, train),
-  )
+  train = load(data, "train")
+  test = _load_test(data, train)
+  train_group, test_group = (case_groups(config, c) for c in (train, test))
+  bank, counts, notices = _read_bank(config, workdir, step, names)
+  for g, name in enumerate(names):
+    counts[name]["real"] = int((train_group == g).sum())
+
   size = evaluation.batch_size
-  generates = {"points", "image"} <= run.objective.tasks.keys()
+  generates = {"points", "image"} <= tasks
   subject = "FairDiff, joint" if generates else "Segmenter"
-  predictors = {subject: make_predictor(run, inference, size)}
-  if (workdir / "baseline" / "checkpoints").exists():
-    baseline = setup(configs.load(workdir / "baseline"))
-    _, parameters = restore_inference(
-      workdir / "baseline", baseline.objective, baseline.abstract
-    )
-    predictors[BASELINE] = make_predictor(baseline, parameters, size)
-  predictions = {
-    name: predict(test.image) for name, predict in predictors.items()
+  predictors = {}
+  if "segmenter" in tasks:
+    predictors[subject] = make_predictor(run, inference, size)
+    baseline, missing = _baseline_predictor(workdir, size)
+    if baseline:
+      predictors[BASELINE] = baseline
+    notices += missing
+  reason = "the run trains no segmenter (train.segmenter is empty)"
+  if not test.name:
+    reason = f"there is no test case in {data}"
+  predictions = {}
+  if test.name:
+    predictions = {k: predict(test.image) for k, predict in predictors.items()}
+  cases = {
+    "image": test.image,
+    "label": test.mask,
+    "group": np.array([*names, segmentation.UNKNOWN])[test_group],
   }
+  if predictions:
+    cases["prediction"] = predictions[subject]
   synthetic, agreements = None, None
-  if generates:
-    per_group = evaluation.synthetic_per_group
-    generated, group = synthesize(run, inference, per_group)
+  if generates and evaluation.synthetic_per_group:
+    generated, group, missing = synthesize(
+      run, inference, evaluation.synthetic_per_group
+    )
+    notices += missing
     synthetic = {
       "image": generated.image,
       "mask": generated.mask,
-      "group": np.asarray(names)[group],
+      "group": np.array(names)[group],
     }
     agreements = {
       name: agreement(
@@ -191,29 +222,21 @@ def evaluate(
     }
   if jax.process_index() != 0:
     return {}
-  counts = {
-    name: {"real": int((train_group == g).sum()), "synthetic": 0}
-    for g, name in enumerate(names)
-  }
-  banks = sorted((workdir / "bank").glob("step_*/cases.npz"))
-  if banks:
-    with np.load(banks[-1], allow_pickle=False) as bank:
-      for g, name in enumerate(names):
-        counts[name]["synthetic"] = int((bank["group"] == g).sum())
+  title = f"Fair segmentation of {workdir.name}"
+  if not predictions:
+    title = f"{workdir.name}, without segmentation figures"
   return report.write(
-    directory or workdir / "report",
-    title=f"Fair segmentation of {workdir.name}",
+    directory or workdir / report.DIRECTORY,
+    title=title,
     models={
       name: segmentation.per_case(
         test.mask, prediction, test.name, test_group, names, definitions.empty
       )
       for name, prediction in predictions.items()
     },
-    cases={
-      "image": test.image,
-      "label": test.mask,
-      "prediction": predictions[subject],
-    },
+    reason=reason,
+    notices=notices,
+    cases=cases,
     synthetic=synthetic,
     agreement=agreements,
     counts=counts,
@@ -226,7 +249,9 @@ def evaluate(
       "image size": "x".join(map(str, config.data.size)),
       "training cases": len(train.name),
       "test cases": len(test.name),
+      report.TEST_DIGEST: _digest(test),
       "steps": step,
+      "bank in use at the end": bank,
       "fairness method": config.fairness.method,
       "data strategy": config.fairness.strategy,
       "seed": config.seed,
@@ -236,3 +261,60 @@ def evaluate(
     },
     definitions=definitions,
   )
+
+
+def _load_test(directory: Path, train: Cases) -> Cases:
+  """The test cases; no case where the data has no such split."""
+  counts = check(directory, progress=False).counts.get("test", {})
+  if any(sum(groups.values()) for groups in counts.values()):
+    return load(directory, "test")
+  image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
+  attributes = {name: codes[:0] for name, codes in train.attributes.items()}
+  return Cases([], image, mask, points, attributes)
+
+
+def _digest(cases: Cases) -> str:
+  """SHA-256 of the cases' names, images and masks."""
+  digest = hashlib.sha256("\n".join(cases.name).encode())
+  for pixels in (cases.image, cases.mask):
+    digest.update(np.ascontiguousarray(pixels))
+  return digest.hexdigest()
+
+
+def _read_bank(
+  config: ConfigDict, workdir: Path, step: int, names: Sequence[str]
+) -> tuple[str, dict[str, dict[str, int]], list[str]]:
+  """The bank that the step before `step` used.
+
+  Returns:
+    Its name or 'none', its cases as group -> {'real': 0, 'synthetic': n}, and
+    what is wrong with it, a sentence.
+  """
+  counts = {name: {"real": 0, "synthetic": 0} for name in names}
+  filled = bank_step(config, step - 1)
+  if filled is None or not list((workdir / "bank").glob("step_*")):
+    return "none", counts, []
+  directory = bank_directory(workdir, filled)
+  try:
+    group = read_bank(directory, config.data.size, len(names)).group
+  except (OSError, ValueError) as error:
+    notice = f"Synthetic training cases are not counted: {error}."
+    return directory.name, counts, [notice]
+  for g, name in enumerate(names):
+    counts[name]["synthetic"] = int((group == g).sum())
+  return directory.name, counts, []
+
+
+def _baseline_predictor(
+  workdir: Path, batch_size: int
+) -> tuple[Callable[[np.ndarray], np.ndarray] | None, list[str]]:
+  """The segmenter of a run's baseline; None and why, where it has none."""
+  directory = workdir / "baseline"
+  if not (directory / "checkpoints").exists():
+    return None, []
+  try:
+    run = setup(configs.load(directory))
+    _, inference = restore_inference(directory, run.objective, run.abstract)
+    return make_predictor(run, inference, batch_size), []
+  except (OSError, ValueError) as error:
+    return None, [f"The baseline is left out: {error}."]

@@ -1,9 +1,11 @@
 """The report of a run: one HTML page that needs nothing else, and its data.
 
-`write` takes plain data and leaves `index.html`, `summary.json` (every figure
-by name) and one table of cases per model. The page has no script and loads
-nothing: charts are inline SVG that take the page's colours, images are inline
-PNG under contours drawn as SVG paths. A part without data is left out.
+`write` takes plain data and leaves `index.html`, one table of cases per model
+and, last, `summary.json` (every figure by name): where that lies the report is
+complete. The page has no script and loads nothing: charts are inline SVG that
+take the page's colours, images are inline PNG under contours drawn as SVG
+paths. A part without data is left out, an undefined figure is a dash, and what
+is missing is said in a notice: no figure ends a report.
 """
 
 import base64
@@ -13,7 +15,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import contourpy
@@ -22,16 +24,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fairdiff_jax import files
 from fairdiff_jax.evaluation import segmentation
+from fairdiff_jax.fairness import uncertainty
 from fairdiff_jax.fairness.metrics import DEFAULT, Definitions
 from fairdiff_jax.fairness.uncertainty import MIN_CASES
 
+DIRECTORY = "report"  # of a run's directory
+PAGE, TABLE, SUMMARY = "index.html", "cases.csv", "summary.json"
+TEST_DIGEST = "test cases sha256"  # a fact, of names, images and masks
 NOISE = 0.5  # points of difference that are not worth a claim
+SIGNIFICANT = 0.05  # p above which a difference is not, either
 WORST = 6  # cases shown
 STRIP = 8  # images a group
 CURVE = 60  # points a curve is averaged to
 THUMBNAIL = 320  # pixels of the longer side of an inlined image
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+PLACES = range(1, len(PALETTE) + 1)  # of models
 INK = "#123456"  # stands for the page's text colour until the SVG is inlined
 STYLE = {
   "svg.fonttype": "none",
@@ -62,6 +71,7 @@ h3{font-size:1rem;margin:1.25rem 0 .4rem}
 p{max-width:46rem;margin:.4rem 0}
 .verdict{font-size:1.15rem;max-width:52rem;padding:.9rem 1.1rem;
 background:var(--card);border-left:4px solid #0072b2;border-radius:4px}
+.notice{padding:.1rem 1.1rem;border-left:4px solid #e69f00;max-width:52rem}
 .note,small,figcaption{color:var(--soft);font-size:.875rem}
 .scroll{overflow-x:auto;margin:.75rem 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;
@@ -134,6 +144,13 @@ GLOSSARY = {
   " a group ES-Dice is rather too low and the gap too high, so that they may"
   " lie towards an end of their interval. The interval of a difference is"
   " paired: both models on the same cases, those with a value in both.",
+  "p": "Two-sided, of a difference, paired by test case. With fewer than"
+  f" {uncertainty.MIN_RESAMPLED} cases of a mean, or {MIN_CASES} of a group for"
+  " ES-Dice and gap, it is the share of exchanges of the two models' results of"
+  " a case that set them as far apart: of all exchanges, or of 2,000 where more"
+  f" than {uncertainty.ALL_EXCHANGES} cases differ. With more cases it is the"
+  " paired bootstrap's. Of n cases that differ, no p is below 2 / 2ⁿ; fewer"
+  f" than {uncertainty.MIN_TESTED} cases have none.",
   "Groups": "Means over the cases of a group. Cases of unknown group count in"
   " the overall mean only.",
 }
@@ -338,16 +355,23 @@ def _intervals(summary: dict, cls: str) -> dict[str, list[float | None]]:
 
 def _gain(key: str, row: Mapping[str, float | None]) -> int:
   """1 for better, -1 for worse, 0 for a difference not worth a claim."""
-  difference, low, high = map(row.get, ("difference", "low", "high"))
-  if None in (difference, low, high) or low <= 0 <= high:
+  difference, low, high, p = map(row.get, ("difference", "low", "high", "p"))
+  if None in (difference, low, high, p) or low <= 0 <= high:
     return 0
-  if abs(100 * difference) <= NOISE:
+  if abs(100 * difference) <= NOISE or p >= SIGNIFICANT:
     return 0
   return 1 if (difference < 0) == (key == "gap") else -1
 
 
-def _verdict(summaries: Mapping[str, dict], differences: Mapping) -> str:
+def _verdict(
+  summaries: Mapping[str, dict], differences: Mapping, reason: str
+) -> str:
   """Which of the first two models is the fairer, and by what."""
+  if not summaries:
+    return (
+      f"There are no segmentation figures because {reason}: nothing is said of"
+      " fairness."
+    )
   name, *others = summaries
   figures = [_figures(summary, "cup") for summary in summaries.values()][:2]
   es, gap, worst, dice = (
@@ -450,19 +474,17 @@ def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
   return f'<div class="cases">{"".join(figures)}</div>'
 
 
-def _strips(
-  columns: segmentation.Columns, cases: Mapping | None, synthetic: Mapping
-) -> str:
+def _strips(cases: Mapping | None, synthetic: Mapping) -> str:
   """Per group a row of real and a row of synthetic images."""
   sources = {
     "Synthetic": (synthetic["image"], synthetic["mask"], synthetic["group"])
   }
   if cases is not None:
-    real = cases["image"], cases["label"], columns["group"]
+    real = cases["image"], cases["label"], cases["group"]
     sources = {"Real": real} | sources
   parts = []
-  groups = {*segmentation.groups(columns), *map(str, synthetic["group"])}
-  for group in sorted(groups):
+  groups = {str(group) for *_, of in sources.values() for group in of}
+  for group in sorted(groups - {segmentation.UNKNOWN}):
     parts.append(f"<h3>{escape(group)}</h3>")
     for source, (images, masks, of) in sources.items():
       chosen = np.flatnonzero(np.asarray(of, str) == group)[:STRIP]
@@ -508,30 +530,38 @@ def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
 def read_log(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Loss and risk curves of a `metrics.jsonl`, averaged over bins of steps.
 
-  A step that was logged twice, as after a restart, counts as last written.
+  A step that was logged twice, as after a restart, counts as last written;
+  what follows a line that is cut is left out.
 
   Returns:
     For every `loss/...` and `risk/...` with a finite value: `[2, k]`, steps
     and values, k at most `CURVE`.
+
+  Raises:
+    FileNotFoundError: No such file.
+    ValueError: It is no text.
   """
-  values: dict[str, dict[int, float]] = {}
-  with open(path, encoding="utf-8") as file:
-    for record in map(json.loads, filter(str.strip, file)):
-      for key, value in record.items():
-        if key.startswith(("loss/", "risk/")) and value is not None:
-          values.setdefault(key, {})[record["step"]] = value
+  values: dict[str, dict[float, float]] = {}
+  for record in files.read_json_lines(path):
+    step = record.get("step")
+    for key, value in record.items():
+      if (
+        key.startswith(("loss/", "risk/"))
+        and isinstance(step, int | float)
+        and isinstance(value, int | float)
+      ):
+        values.setdefault(key, {})[step] = value
   curves = {}
   for key, by_step in values.items():
     points = np.array(sorted(by_step.items()), float)
-    points = points[np.isfinite(points[:, 1])]
+    points = points[np.isfinite(points).all(1)]
     if len(points):
       bins = np.array_split(points, min(CURVE, len(points)))
       curves[key] = np.transpose([part.mean(0) for part in bins])
   return curves
 
 
-def _training(log: str | os.PathLike) -> str:
-  curves = read_log(log)
+def _training(curves: Mapping[str, np.ndarray]) -> str:
   charts = [
     _curves(f"Loss: {key[5:]}", {key[5:]: value})
     for key, value in curves.items()
@@ -548,17 +578,20 @@ def _definitions(items: Mapping) -> str:
 
 
 def _check(models: Mapping, cases: Mapping | None) -> None:
-  if not 1 <= len(models) <= len(PALETTE):
-    raise ValueError(f"1 to {len(PALETTE)} models wanted, got {len(models)}")
-  first, *others = (
+  if len(models) > len(PALETTE):
+    raise ValueError(f"at most {len(PALETTE)} models, got {len(models)}")
+  lists = [
     list(zip(columns["name"], columns["group"], strict=True))
     for columns in models.values()
-  )
-  if any(names != first for names in others):
+  ]
+  if any(names != lists[0] for names in lists):
     raise ValueError("the models were not measured on the same cases")
-  for key, value in (cases or {}).items():
-    if len(value) != len(first):
-      raise ValueError(f"{len(value)} in cases[{key!r}], {len(first)} measured")
+  sizes = {key: len(value) for key, value in (cases or {}).items()}
+  if models:
+    sizes["measured"] = len(lists[0])
+  if len(set(sizes.values())) > 1:
+    listed = ", ".join(f"{n} {key}" for key, n in sizes.items())
+    raise ValueError(f"the cases differ in number: {listed}")
 
 
 def _tested(
@@ -579,12 +612,13 @@ def _tested(
   )
   rounding = (len(summaries) > 1) * (
     "Differences are taken before rounding. They are called better or worse "
-    f"only above {NOISE} points and where their interval leaves out 0; that "
-    "of the worst groups never, as the data chose them."
+    f"only above {NOISE} points, where their interval leaves out 0 and p is "
+    f"below {SIGNIFICANT}; that of the worst groups never, as the data chose "
+    "them."
   )
   subject = escape(next(iter(summaries)))
   legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
-  bars = "".join(_bars(summaries, cls, groups) for cls in ("cup", "rim"))
+  bars = [_bars(summaries, cls, groups) for cls in ("cup", "rim") if groups]
   sections = [
     section(
       "Headline",
@@ -592,9 +626,10 @@ def _tested(
       f"In points, with 95% intervals, on {n} test cases ({escape(sizes)}). "
       f"{few} {rounding}",
     ),
-    section(
+    bars
+    and section(
       "Dice by group",
-      f'<div class="charts">{bars}</div>',
+      f'<div class="charts">{"".join(bars)}</div>',
       "In points. Lines at the bars' ends are 95% intervals.",
     ),
     section(
@@ -604,7 +639,7 @@ def _tested(
       "how many cases the measure is defined for, where that is not all. "
       f"{few}",
     ),
-    cases is not None
+    "prediction" in (cases or {})
     and section(
       "Worst cases",
       _worst_cases(columns, cases),
@@ -616,19 +651,18 @@ def _tested(
 
 
 def _trained(
-  columns: segmentation.Columns,
   cases: Mapping | None,
   synthetic: Mapping | None,
   agreement: Mapping | None,
   counts: Mapping | None,
-  log: str | os.PathLike | None,
+  curves: Mapping[str, np.ndarray],
 ) -> str:
   """What it was trained on and how: synthetic cases, counts, curves."""
   sections = [
     synthetic is not None
     and section(
       "Real beside synthetic",
-      _strips(columns, cases, synthetic),
+      _strips(cases, synthetic),
       f"The first {STRIP} of each group, not selected, with the outlines of "
       "their masks. Real cases are test cases.",
     ),
@@ -641,10 +675,9 @@ def _trained(
       "ones.",
     ),
     counts and section("Training cases by group", _counts(counts)),
-    log is not None
-    and section(
+    section(
       "Training",
-      _training(log),
+      _training(curves),
       f"Each curve is averaged to at most {CURVE} points.",
     ),
   ]
@@ -656,6 +689,8 @@ def write(
   *,
   title: str,
   models: Mapping[str, segmentation.Columns],
+  reason: str = "",
+  notices: Sequence[str] = (),
   cases: Mapping[str, np.ndarray] | None = None,
   synthetic: Mapping | None = None,
   agreement: Mapping | None = None,
@@ -664,24 +699,27 @@ def write(
   facts: Mapping[str, object] | None = None,
   definitions: Definitions = DEFAULT,
 ) -> dict:
-  """Writes `index.html`, `summary.json` and tables of cases to `directory`.
+  """Writes `index.html`, tables of cases and `summary.json` to `directory`.
 
   The first model's table is `cases.csv`, the second's `cases_2.csv`, and so
-  on; `summary.json` names them.
+  on; `summary.json`, which is written last, names them.
 
   Args:
     directory: Made if absent; the files in it are replaced.
     title: Heading of the page.
     models: Name -> columns of `segmentation.per_case`, on the same cases. The
       first is the subject, the second, if any, the baseline.
+    reason: Why there is no model, where there is none: a clause.
+    notices: What a reader must know first, a sentence each.
     cases: Test cases in the order of the columns: `image` `[n, H, W]` uint8,
-      `label` and `prediction` (the subject's) `[n, H, W]`.
+      `label` and, where there are models, `prediction` (the subject's)
+      `[n, H, W]`; where there is none, `group` `[n]` names.
     synthetic: `image` `[m, H, W]` uint8, `mask` `[m, H, W]`, `group` `[m]`
       names.
     agreement: Segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
       its Dice in [0, 1] on synthetic and real cases, and their ratio.
     counts: Group -> source ("real", "synthetic") -> number of training cases.
-    log: Path of a `metrics.jsonl`.
+    log: Path of a `metrics.jsonl`; a notice says if it cannot be read.
     facts: What else there is to say of the run, name -> value.
     definitions: What the columns were measured by, and how to scale by equity.
 
@@ -689,28 +727,62 @@ def write(
     What `summary.json` holds.
 
   Raises:
-    ValueError: No model, too many, or lengths or cases that do not match.
+    OSError: A file cannot be written; the message names it.
+    ValueError: No model and no reason, too many models, or lengths or cases
+      that do not match.
   """
+  if not models and not reason:
+    raise ValueError("no models to report on, and no reason why")
+  columns = next(iter(models.values()), {"name": [], "group": []})
+  if models and cases is not None:
+    cases = {**cases, "group": columns["group"]}
   _check(models, cases)
-  directory = Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
   equity = definitions.equity
   summaries = {
     name: segmentation.summary(c, equity) for name, c in models.items()
   }
-  columns = next(iter(models.values()))
   differences = {}
   if len(models) > 1:
     differences = segmentation.difference(*list(models.values())[:2], equity)
-  verdict = _verdict(summaries, differences)
-  tables = {}
-  for i, (name, table) in enumerate(models.items(), 1):
-    tables[name] = "cases.csv" if i == 1 else f"cases_{i}.csv"
-    segmentation.write_csv(directory / tables[name], table)
+  verdict = _verdict(summaries, differences, reason)
+  notices, curves = [*notices], {}
+  if log is not None:
+    try:
+      curves = read_log(log)
+    except FileNotFoundError:
+      notices.append(f"No curves of the training: {log} does not exist.")
+    except (OSError, ValueError) as error:
+      notices.append(f"No curves of the training: {error}.")
+  parts = [
+    *(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
+    models and _tested(summaries, differences, columns, cases),
+    _trained(cases, synthetic, agreement, counts, curves),
+    facts and section("The run", _definitions(facts)),
+    models and section("Definitions", _definitions(glossary(definitions))),
+  ]
+  page = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>"
+    f'<h1>{escape(title)}</h1><p class="verdict">{escape(verdict)}</p>'
+    f"{''.join(filter(None, parts))}</main></body></html>\n"
+  )
+  names = [f"cases_{i}.csv" if i > 1 else TABLE for i in PLACES]
+  tables = dict(zip(models, names, strict=False))
+
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  files.sweep(directory)
+  for name in (SUMMARY, *names):  # of an earlier report; the summary first
+    (directory / name).unlink(missing_ok=True)
+  for model, table in models.items():
+    segmentation.write_csv(directory / tables[model], table)
+  files.write(directory / PAGE, page)
   summary = segmentation.json_ready(
     {
       "title": title,
       "verdict": verdict,
+      "notices": notices,
       "n": len(columns["name"]),
       "groups": segmentation.groups(columns),
       "models": summaries,
@@ -720,21 +792,43 @@ def write(
       "facts": facts or {},
       "definitions": dataclasses.asdict(definitions),
       "tables": tables,
+      "sha256": {n: files.sha256(directory / n) for n in tables.values()},
     }
   )
   text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-  (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+  files.write(directory / SUMMARY, text + "\n")
+  return summary
 
-  page = (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>"
-    f'<h1>{escape(title)}</h1><p class="verdict">{escape(verdict)}</p>'
-    f"{_tested(summaries, differences, columns, cases)}"
-    f"{_trained(columns, cases, synthetic, agreement, counts, log)}"
-    f"{section('The run', _definitions(facts)) if facts else ''}"
-    f"{section('Definitions', _definitions(glossary(definitions)))}"
-    "</main></body></html>\n"
-  )
-  (directory / "index.html").write_text(page, encoding="utf-8")
+
+def read(workdir: str | os.PathLike) -> dict:
+  """What the `summary.json` of a run's complete report holds.
+
+  Args:
+    workdir: The run's directory; its report is in `report`.
+
+  Raises:
+    FileNotFoundError: The run has no complete report.
+    ValueError: The report is damaged: the summary cannot be read or lacks its
+      definitions, or a table is not the one that it was written with.
+  """
+  path = Path(workdir) / DIRECTORY / SUMMARY
+  remedy = f"make it with: python launch/evaluate.py --workdir {workdir}"
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist; {remedy}")
+  summary = files.read_json(path, remedy)
+  if "definitions" not in summary:
+    raise ValueError(f"{path} does not say its definitions; {remedy}")
+  for key in ("definitions", "facts", "models", "sha256", "tables"):
+    if not isinstance(summary.get(key, {}), dict):
+      raise ValueError(f"{path} is damaged ({key!r}); {remedy}")
+  try:
+    Definitions(**summary["definitions"])
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+  for name, digest in summary.get("sha256", {}).items():
+    table = path.parent / name
+    if not table.exists():
+      raise FileNotFoundError(f"{table} does not exist; {remedy}")
+    if files.sha256(table) != digest:
+      raise ValueError(f"{table} is not the table of {path}; {remedy}")
   return summary

@@ -5,13 +5,13 @@ group stands there by name, so that they can be written, joined and summarised
 without the vocabulary they came from.
 """
 
-import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fairdiff_jax import files
 from fairdiff_jax.fairness import metrics, uncertainty
 
 CLASSES = {"cup": metrics.CUP, "rim": metrics.RIM, "disc": metrics.DISC}
@@ -70,13 +70,11 @@ def write_csv(path: str | os.PathLike, columns: Columns) -> None:
   """Writes columns `[n]` as a table with a header; NaN becomes an empty cell.
 
   Raises:
+    OSError: It cannot be written.
     ValueError: The columns differ in length.
   """
   rows = zip(*(np.asarray(c).tolist() for c in columns.values()), strict=True)
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.writer(file)
-    writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in rows)
+  files.write_csv(path, list(columns), [list(map(_cell, row)) for row in rows])
 
 
 def _cell(value):

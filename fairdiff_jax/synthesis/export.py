@@ -2,13 +2,16 @@
 
 The directory can be prepared and trained on like any other. Every file says
 that it is synthetic and how many clouds were drawn for it, and the manifest
-says what it was made from. A chunk of `bank.batch_size` cases is made whole,
-so that an export that was stopped goes on to the very same files (on devices
-of the same kind and number).
+says what it was made from, and its SHA-256. A chunk of `bank.batch_size` cases
+is made whole, so that an export that was stopped goes on to the very same files
+(on devices of the same kind and number). What is there is kept if it is what
+was written, and else named: nothing is overwritten.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from fairdiff_jax import config as configs
+from fairdiff_jax import files
 from fairdiff_jax.data import npz
 from fairdiff_jax.data.attributes import attributes_of, group_code
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import fingerprint, restore_inference
 from fairdiff_jax.training.setup import setup
 
-REQUEST = "request.json"
+REQUEST, MANIFEST = "request.json", "manifest.jsonl"
+AGAIN = "move it away, and the same command makes it anew"
 SHOWN = 8  # cases of a group on the contact sheet
 TILE = 160  # least side of a case there, in pixels
 DISC, CUP = (0, 159, 230), (233, 180, 86)  # colours, BGR
@@ -49,7 +54,8 @@ def export(
   Raises:
     FileNotFoundError: no such run, or it has no checkpoint.
     FileExistsError: `out` holds something else.
-    ValueError: bad counts, or a run without generators.
+    ValueError: bad counts, a run without generators, a mask that could not be
+      drawn, or a file in `out` that is not what was written there.
   """
   out = Path(out)
   config = configs.load(workdir)
@@ -78,53 +84,79 @@ def export(
   )
   paths = [out / f"data_{i:05d}.npz" for i in range(1, len(group) + 1)]
   size = config.bank.batch_size
+  lines = _read_manifest(out, paths)
   missing = [
     chunk
     for chunk in (slice(i, i + size) for i in range(0, len(group), size))
-    if not all(path.exists() for path in paths[chunk])
+    if not lines.keys() >= {path.name for path in paths[chunk]}
   ]
   if jax.process_count() > 1:  # all have looked before one writes
     multihost_utils.sync_global_devices("export")
   first_host = jax.process_index() == 0
   if first_host:
     out.mkdir(parents=True, exist_ok=True)
-    npz.write_atomically(
-      out / REQUEST, json.dumps(request, indent=2).encode() + b"\n"
-    )
-  generate = make_generator(run)
+    files.sweep(out)
+    if not (out / REQUEST).exists():
+      files.write(out / REQUEST, json.dumps(request, indent=2) + "\n")
+  sampler = {
+    "points": {"num_steps": config.points.num_steps},
+    "image": {
+      key: config.image[key]
+      for key in ("sample_steps", "solver", "eta", "guidance")
+    },
+  }
+  facts = {k: v for k, v in request.items() if k != "counts"}
+  facts["sampler"] = sampler
+  generate = make_generator(run) if missing else None
   number = np.arange(len(group))
   bar = tqdm(missing, desc="export", unit="batch", disable=not first_host)
   for chunk in bar:
     cases = generate(inference, seed, number[chunk], group[chunk])
     cases.require_sound()
     if first_host:
-      for path, code, *case in zip(
-        paths[chunk], group[chunk], *cases, strict=True
+      for i, image, mask, attempts in zip(
+        number[chunk], cases.image, cases.mask, cases.attempts, strict=True
       ):
-        image, mask, attempts, _ = case
-        codes = attributes_of(attribute, names[code])
-        npz.write_case(path, image, mask, codes, synthetic=1, attempts=attempts)
+        path, name = paths[i], names[group[i]]
+        if path.name in lines:
+          continue
+        codes = attributes_of(attribute, name)
+        with _made_beside(path) as made:
+          npz.write_case(
+            made, image, mask, codes, synthetic=1, attempts=attempts
+          )
+        lines[path.name] = {
+          "file": path.name,
+          "sha256": files.sha256(path),
+          "synthetic": True,
+          "group": name,
+          "number": int(i),
+          "attempts": int(attempts),
+        } | facts
+      known = [lines[path.name] for path in paths if path.name in lines]
+      text = "".join(json.dumps(line) + "\n" for line in known)
+      files.write(out / MANIFEST, text)
   if first_host:
-    samplers = {
-      "points": {"num_steps": config.points.num_steps},
-      "image": {
-        key: config.image[key]
-        for key in ("sample_steps", "solver", "eta", "guidance")
-      },
-    }
-    groups = [names[code] for code in group]
-    _describe(out, paths, groups, request | {"sampler": samplers})
-    npz.write_atomically(
-      out / "contact_sheet.png",
-      _contact_sheet(
-        {
-          f"{names[code]}, seed {seed}, step {step}": [
-            npz.read_case(paths[i])[:2] for i in number[group == code][:SHOWN]
-          ]
-          for code in wanted
-        }
-      ),
-    )
+    rows = [
+      {
+        "filename": path.name,
+        **attributes_of(attribute, names[code]),
+        "use": "training",
+        "synthetic": 1,
+      }
+      for path, code in zip(paths, group, strict=True)
+    ]
+    with _made_beside(out / npz.SUMMARY) as made:
+      npz.write_summary(made.parent, rows)
+    sheet = out / "contact_sheet.png"
+    if not sheet.exists():
+      groups = {
+        f"{names[code]}, seed {seed}, step {step}": [
+          npz.read_case(paths[i])[:2] for i in number[group == code][:SHOWN]
+        ]
+        for code in wanted
+      }
+      files.write(sheet, _contact_sheet(groups))
 
 
 def parse_counts(
@@ -161,11 +193,11 @@ def parse_counts(
 
 def _check_directory(out: Path, request: dict[str, Any]) -> None:
   """Raises FileExistsError if `out` holds anything but this request's files."""
-  remedy = "Name another directory (--out), or delete this one"
+  remedy = "name another directory (--out), or delete this one"
   if not out.exists():
     return
   if (out / REQUEST).is_file():
-    stored = json.loads((out / REQUEST).read_text())
+    stored = files.read_json(out / REQUEST, remedy)
     differing = [
       f"{key} {stored.get(key)} (now {value})"
       for key, value in request.items()
@@ -173,47 +205,53 @@ def _check_directory(out: Path, request: dict[str, Any]) -> None:
     ]
     if differing:
       raise FileExistsError(
-        f"{out} holds cases of another request: {', '.join(differing)}."
+        f"{out} holds cases of another request: {', '.join(differing)};"
         f" {remedy}"
       )
   elif not out.is_dir() or any(out.iterdir()):
     raise FileExistsError(
-      f"{out} is in use and was not made by an export (it has no {REQUEST})."
+      f"{out} is in use and was not made by an export (it has no {REQUEST});"
       f" {remedy}"
     )
 
 
-def _describe(
-  out: Path, paths: Sequence[Path], groups: Sequence[str], facts: dict[str, Any]
-) -> None:
-  """Writes data_summary.csv and manifest.jsonl."""
-  attribute = facts["attribute"]
-  del facts["counts"]
-  rows, lines = [], []
-  for number, (path, group) in enumerate(zip(paths, groups, strict=True)):
-    with np.load(path, allow_pickle=False) as case:
-      attempts = int(case["attempts"])
-    rows.append(
-      {
-        "filename": path.name,
-        **attributes_of(attribute, group),
-        "use": "training",
-        "synthetic": 1,
-      }
-    )
-    lines.append(
-      {
-        "file": path.name,
-        "synthetic": True,
-        "group": group,
-        "number": number,
-        "attempts": attempts,
-      }
-      | facts
-    )
-  npz.write_summary(out, rows)
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  npz.write_atomically(out / "manifest.jsonl", text.encode())
+def _read_manifest(
+  out: Path, paths: Iterable[Path]
+) -> dict[str, dict[str, Any]]:
+  """Lines of the manifest, by name, of the files that are there as written.
+
+  Raises:
+    ValueError: a file is there and is another than was written.
+  """
+  manifest = out / MANIFEST
+  stored = files.read_json_lines(manifest) if manifest.exists() else []
+  by_name = {line.get("file"): line for line in stored if "sha256" in line}
+  lines = {path.name: by_name.get(path.name) for path in paths if path.exists()}
+  for name, line in lines.items():
+    if line and files.sha256(out / name) != line["sha256"]:
+      raise ValueError(
+        f"{out / name} is not the file that was written there: its SHA-256 is"
+        f" not that of {manifest}; {AGAIN}"
+      )
+  return {name: line for name, line in lines.items() if line}
+
+
+@contextlib.contextmanager
+def _made_beside(path: Path) -> Iterator[Path]:
+  """A path of the same name to write to, which then becomes `path`.
+
+  Raises:
+    ValueError: there is another file already.
+  """
+  with tempfile.TemporaryDirectory(
+    prefix=files.LEFTOVER, dir=path.parent
+  ) as directory:
+    made = Path(directory) / path.name
+    yield made
+    if not path.exists():
+      made.rename(path)
+    elif files.sha256(made) != files.sha256(path):
+      raise ValueError(f"{path} is not what this request makes here; {AGAIN}")
 
 
 def _contact_sheet(
