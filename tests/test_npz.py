@@ -1,6 +1,7 @@
 """Reading patients' files: dialects, images, masks, damage."""
 
 import io
+import os
 import re
 import tracemalloc
 import zipfile
@@ -297,6 +298,17 @@ def test_one_bad_file_never_ends_a_check(source, tmp_path):
   }.items():
     assert re.search(part, reasons.pop(file)), file
   assert not reasons
+
+
+def test_names_that_are_no_text_are_set_aside(source, tmp_path):
+  name = os.fsdecode(b"data_\xff.npz")
+  (source / name).write_bytes((source / "data_00001.npz").read_bytes())
+  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  assert report.usable == 3
+  assert report.set_aside == [
+    ("data_\\udcff.npz", "its name is not UTF-8 text; rename it.")
+  ]
+  str(report).encode()
 
 
 numbers = hnp.arrays(

@@ -175,6 +175,14 @@ def test_paths_that_cannot_be_read_again_are_refused(
   assert fairseg.prepare(config, tmp_path / "data").usable == 3
 
 
+def test_data_in_a_path_that_cannot_be_read_says_so(source, tmp_path):
+  fairseg.build(source, tmp_path / "data", **BUILD)
+  odd = (tmp_path / "data").rename(tmp_path / "data[1]")
+  for read in (fairseg.check, fairseg.digest, read_all):
+    with pytest.raises(ValueError, match="could not be read again, because of"):
+      read(odd)
+
+
 def test_digest_is_that_of_the_cases(source, tmp_path):
   def digest(name, **options):
     fairseg.build(source, tmp_path / name, **BUILD | options)
@@ -240,7 +248,7 @@ def test_damaged_prepared_data_is_named(prepared, number, damage):
     path.write_bytes({"empty": b"", "text": b"text", "cut": cut}[damage])
   build = [root / "source", root / "data"]
   try:
-    remedy = r"the prepared data is damaged .*; delete .*1\.0\.0 and prepare it"
+    remedy = r"the prepared data cannot be read .*; .*delete .*1\.0\.0 and pre"
     with pytest.raises(ValueError, match=remedy) as error:
       read_all(root / "data")
     assert str(root / "data") in str(error.value)

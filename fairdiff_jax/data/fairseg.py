@@ -207,7 +207,8 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
   wanted = _settings_of(config)
   differing = _differing(stored, wanted)
   differing.pop("files", None)
-  made_up = any(s["source"].startswith(_MADE_UP) for s in (stored, wanted))
+  origins = (s.get("source", "") for s in (stored, wanted))
+  made_up = any(origin.startswith(_MADE_UP) for origin in origins)
   known = made_up or ("files" in stored and "files" in wanted)
   if not (config.source and known):
     differing.pop("source", None)
@@ -425,11 +426,11 @@ def _require(directory: str | os.PathLike, source: str = "") -> Report:
       f"python launch/prepare.py --config CONFIG --config.data.source={source} "
       f"--config.data.directory={shlex.quote(str(directory))}"
     )
-  files.require_plain(directory, "data.directory")
   return _stored_report(directory)
 
 
 def _stored_report(directory: str | os.PathLike) -> Report:
+  files.require_plain(directory, "data.directory")
   with _reading(directory):
     info = tfds.builder_from_directory(_data_path(directory)).info
     report = Report(**dict(info.metadata))
@@ -448,9 +449,9 @@ def _reading(directory: str | os.PathLike) -> Iterator[None]:
   except Exception as error:
     what = " ".join(str(error).split())[:200]
     raise ValueError(
-      f"{directory}: the prepared data is damaged ({type(error).__name__}: "
-      f"{what}); delete {_data_path(directory)} and prepare it again with "
-      "launch/prepare.py"
+      f"{directory}: the prepared data cannot be read ({type(error).__name__}: "
+      f"{what}); if it is damaged, delete {_data_path(directory)} and prepare "
+      "it again with launch/prepare.py"
     ) from error
 
 

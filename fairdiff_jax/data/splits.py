@@ -55,7 +55,8 @@ def describe(split: str, source: Path | None = None) -> str:
 
 def fingerprint(lines: Iterable[str]) -> str:
   """'(sha256 0123456789ab)' of lines in any order."""
-  digest = hashlib.sha256("\n".join(sorted(lines)).encode())
+  text = "\n".join(sorted(lines))
+  digest = hashlib.sha256(text.encode(errors="surrogateescape"))
   return f"(sha256 {digest.hexdigest()[:12]})"
 
 
