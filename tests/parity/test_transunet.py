@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
+import safetensors.numpy
 from jax.sharding import NamedSharding
 from peers import EMBEDDINGS, LAYERS, RESNET
 
+from configs import fairseg
 from fairdiff_jax.models import transunet
 from fairdiff_jax.models.transunet import TransUNet, upsample
+from fairdiff_jax.objectives.segmentation import make_network
 from fairdiff_jax.pretrained import vit
 from fairdiff_jax.pretrained.fairdiff import load_transunet
 from fairdiff_jax.training.mesh import BATCH, make_mesh
@@ -509,3 +512,46 @@ def test_misshapen_array_is_named(save):
   message = r"resnet/stage_0_unit_1/norm2/bias: \(5,\), not \(32,\)"
   with pytest.raises(ValueError, match=message):
     vit.load(save(arrays), image_size=SIZE)
+
+
+def _config(path, **changes):
+  """The recipe's, with the sizes of SMALL."""
+  config = fairseg.get_config("transunet").unlock().segmenter
+  sizes = {name: getattr(SMALL, name) for name in config.transunet}
+  config.transunet.update(sizes)
+  config.image_size = SIZE
+  config.weights = str(path)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_another_transunet_says_which_fields_to_set(tmp_path):
+  path = tmp_path / "a.safetensors"
+  weights = peers.transunet_weights(SMALL.copy(num_classes=3), SIZE)
+  safetensors.numpy.save_file(weights, path)
+  start = f"{path} does not fit segmenter.transunet"
+  for changes, message in (
+    (
+      {"transunet.num_layers": 12, "transunet.mlp_dim": 9},
+      ": it is a ViT (24 channels, 2 blocks): set"
+      " segmenter.transunet.mlp_dim=20 (now 9),"
+      " segmenter.transunet.num_layers=2 (now 12), or name other",
+    ),
+    ({"image_size": 64}, ": set segmenter.image_size=48 (now 64), or name"),
+  ):
+    with pytest.raises(ValueError) as raised:
+      make_network(_config(path, **changes)).load()
+    assert str(raised.value).startswith(start + message)
+  safetensors.numpy.save_file(_state_dict(), path)
+  message = "its num_classes is 4, and 3 is needed; name other weights"
+  with pytest.raises(ValueError, match=message):
+    make_network(_config(path)).load()
+
+
+def test_a_transformer_leaves_the_decoder_to_the_config(save):
+  """And the width of a ResNet that there is none of."""
+  path = save(_google(_state_dict(hybrid=False)))
+  changes = {"transunet.stages": (), "transunet.width": 96}
+  variables = make_network(_config(path, **changes)).load()
+  found = variables.params["decoder"]["conv_in"]["conv"]["kernel"].shape[-1]
+  assert found == SMALL.decoder_channels[0]
