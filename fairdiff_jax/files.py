@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import threading
@@ -25,10 +26,16 @@ import numpy as np
 LEFTOVER = "incomplete_"  # how a directory is called while it is filled
 OWNER = "owner.json"  # who writes to a directory
 SILENT = 120  # seconds after which the owner on another host is taken for dead
+_HOST = re.sub(r"\W|_", "-", socket.gethostname())
+_OWNED = re.compile(rf"{LEFTOVER}(?P<name>.+)_(?P<host>[^_]+)_(?P<process>\d+)")
+_ABANDONED = 24 * 3600  # seconds after which another host's is no longer filled
 # What a spreadsheet takes for the start of a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # Characters that the libraries below take for patterns or separators.
 _PATTERN = "[]*?{}\\"
+_HEADER = 2**14  # bytes that hold any header that NumPy reads
+# How the file starts that stands for one which Git LFS has not fetched.
+_POINTER = b"version https://git-lfs"
 # NumPy parses headers with `ast`, which fails now and then in threads of Python
 # 3.11 (SystemError, CPython issue 106905).
 _PARSING = threading.Lock()
@@ -67,15 +74,17 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
 def new_directory(path: str | os.PathLike) -> Iterator[Path]:
   """A directory to fill, which is renamed to `path` when the block ends well.
 
-  Where another process has been faster, its directory is kept.
+  What is left of one that was never ended is removed, as `sweep` does it. Where
+  another process has been faster, its directory is kept.
 
   Raises:
     OSError: it cannot be written; the message names it.
   """
   path = Path(path)
-  temporary = path.with_name(f"{LEFTOVER}{path.name}_{os.getpid()}")
+  owner = f"{_HOST}_{os.getpid()}"  # by which `sweep` knows it
+  temporary = path.with_name(f"{LEFTOVER}{path.name}_{owner}")
   with _naming(path):
-    shutil.rmtree(temporary, ignore_errors=True)
+    sweep(path.parent, path.name)
     temporary.mkdir(parents=True)
     try:
       yield temporary
@@ -88,16 +97,39 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
       shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(directory: str | os.PathLike) -> None:
-  """Removes what a process that was killed has left half written.
+def sweep(directory: str | os.PathLike, name: str | None = None) -> None:
+  """Removes what processes that were killed have left half written.
 
-  For a directory that no other process writes to.
+  A directory that a living process fills is kept; one of another host, whose
+  processes cannot be seen, unless nothing was written to it for a day.
+
+  Args:
+    directory: where they lie. Files tell no owner: without `name` it must be
+      one in which no other process writes files.
+    name: removes only directories that were to be called so.
   """
   for path in Path(directory).glob(f"{LEFTOVER}*"):
-    if path.is_dir():
+    owner = _OWNED.fullmatch(path.name)
+    if name is not None and (owner is None or owner["name"] != name):
+      continue
+    if not path.is_dir():
+      with contextlib.suppress(OSError):  # as of a directory: another user's
+        path.unlink()
+    elif owner is None or not _is_filled(path, owner):
       shutil.rmtree(path, ignore_errors=True)
-    else:
-      path.unlink(missing_ok=True)
+
+
+def _is_filled(path: Path, owner: re.Match) -> bool:
+  """Whether a directory's process may still be at work."""
+  if owner["host"] != _HOST:
+    try:
+      touched = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
+    except OSError:  # it has just been completed
+      return True
+    return time.time() - touched < _ABANDONED
+  process = int(owner["process"])
+  # This process's own number may be one that was used before.
+  return process != os.getpid() and _started(process) is not None
 
 
 @contextlib.contextmanager
@@ -172,9 +204,9 @@ def _started(process: int) -> str | None:
     pass
   try:  # where there is no /proc
     os.kill(process, 0)
-  except ProcessLookupError:
+  except (ProcessLookupError, OverflowError):
     return None
-  except OSError:
+  except OSError:  # such as another user's
     pass
   return "unknown"
 
@@ -198,6 +230,61 @@ def require_plain(path: str | os.PathLike, what: str) -> None:
       f"{what} {path}: what is written there could not be read again, because"
       f" of {' '.join(odd)} in its path; choose a path without"
     )
+
+
+def require_whole(path: str | os.PathLike) -> Path:
+  """The path of a file to read, `~` expanded, once there is content in it.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: it is an address or a directory, empty, or Git LFS's pointer.
+  """
+  path = find(path)
+  if path.is_dir():
+    names = sorted(p.name for p in path.iterdir() if p.is_file())
+    shown = f" (it holds {some(names)})" if names else ""
+    raise ValueError(
+      f"{path} is a directory; name the file that is meant{shown}"
+    )
+  with path.open("rb") as file:
+    start = file.read(len(_POINTER))
+  if not start:
+    raise ValueError(f"{path} is empty; download or copy it again")
+  if start == _POINTER:
+    raise ValueError(
+      f"{path} is Git LFS's pointer, not the file itself; run `git lfs pull`"
+      " where it was cloned"
+    )
+  return path
+
+
+def find(path: str | os.PathLike) -> Path:
+  """A path that exists, `~` expanded.
+
+  Raises:
+    FileNotFoundError: there is nothing.
+    ValueError: it is an address.
+  """
+  text = os.fspath(path)
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    raise ValueError(
+      f"{text} is an address; download what is there and name its path"
+    )
+  path = Path(os.path.expanduser(text))
+  if not path.exists():
+    where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    raise FileNotFoundError(
+      f"{path} does not exist{where}; correct its path, or download it first"
+    )
+  return path
+
+
+def some(items: Sequence[Any], separator: str = ", ", most: int = 5) -> str:
+  """The first items as text, and how many more there are."""
+  shown = [str(item) for item in items[:most]]
+  if len(items) > most:
+    shown.append(f"... and {len(items) - most} more")
+  return separator.join(shown)
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -380,18 +467,19 @@ def _read_array(
     (2, 0): form.read_array_header_2_0,
   }
   with archive.open(member) as file:
+    head = io.BytesIO(file.read(_HEADER))
     with _PARSING:
-      version = form.read_magic(file)
+      version = form.read_magic(head)
       if version not in readers:
         raise _Refused(f"has version {version} of NumPy's format; save it anew")
-      shape, fortran, dtype = readers[version](file)
+      shape, fortran, dtype = readers[version](head)
     if dtype.hasobject:
       raise _Refused(
         "holds pickled objects, which are refused because they can run code;"
         " save it as numbers"
       )
     claimed = math.prod(shape) * dtype.itemsize
-    present = member.file_size - file.tell()
+    present = member.file_size - head.tell()
     if claimed != present:
       raise _Refused(
         f"claims {claimed} bytes and has {present}; download or copy it again"
@@ -401,7 +489,9 @@ def _read_array(
         f"has {claimed / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that"
         " such an array may have; is it the right file?"
       )
-    array = np.frombuffer(bytearray(file.read()), dtype)
+    content = bytearray(head.read())
+    content += file.read()
+    array = np.frombuffer(content, dtype)
   return array.reshape(shape, order="F" if fortran else "C")
 
 

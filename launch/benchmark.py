@@ -7,28 +7,31 @@ All variants take turns in one process, so that their ratios hold on a noisy
 machine; the ratio is that of each round's times, its median and quartiles.
 """
 
+import ast
+import contextlib
 import time
 
 import cli
-import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
-from fairdiff_jax.data import statistics
-from fairdiff_jax.training.setup import describe_batch, make_step, setup
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Run config.")
 FIELD = flags.DEFINE_string("field", "fairness.method", "Field to vary.")
 VALUES = flags.DEFINE_list("values", ["erm", "variance"], "Its values.")
-ROUNDS = flags.DEFINE_integer("rounds", 40, "Rounds; each times every value.")
-STEPS = flags.DEFINE_integer("steps", 5, "Steps per value and round.")
-flags.mark_flag_as_required("config")
+ROUNDS = flags.DEFINE_integer(
+  "rounds", 40, "Rounds; each times every value.", lower_bound=1
+)
+STEPS = flags.DEFINE_integer(
+  "steps", 5, "Steps per value and round.", lower_bound=1
+)
 
 
 def random_batch(config, num_groups, active):
   """A batch of noise with the shapes of a run's batches."""
+  import jax
+
+  from fairdiff_jax.training.setup import describe_batch
+
   rng = np.random.default_rng(0)
 
   def draw(path, like):
@@ -45,12 +48,39 @@ def random_batch(config, num_groups, active):
   return jax.tree_util.tree_map_with_path(draw, describe_batch(config, active))
 
 
+def configure(base, value):
+  """The config with the field at a value.
+
+  Raises:
+    ValueError: there is no such field, or it cannot be so.
+  """
+  config = base.copy_and_resolve_references()
+  settings = [value]
+  with contextlib.suppress(ValueError, SyntaxError):
+    settings.append(ast.literal_eval(value))  # of a field that is no text
+  for setting in settings:
+    try:
+      config.update_from_flattened_dict({FIELD.value: setting})
+    except KeyError as error:
+      raise ValueError(
+        f"--field={FIELD.value} is no field of the config"
+      ) from error
+    except TypeError:
+      continue
+    return config
+  raise ValueError(f"--values: {FIELD.value} cannot be {value}")
+
+
 def main(_):
+  base = cli.config()
+  configs = {value: configure(base, value) for value in VALUES.value}
+  import jax
+
+  from fairdiff_jax.data import statistics
+  from fairdiff_jax.training.setup import make_step, setup
+
   steps, states = {}, {}
-  for value in VALUES.value:
-    config = CONFIG.value.copy_and_resolve_references()
-    with config.unlocked():
-      config.update_from_flattened_dict({FIELD.value: value})
+  for value, config in configs.items():
     run = setup(config)
     num_groups = len(run.objective.group_names)
     batch = random_batch(config, num_groups, tuple(run.objective.tasks))
@@ -82,4 +112,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, takes_config=True)

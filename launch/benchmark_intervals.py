@@ -16,16 +16,15 @@ from concurrent import futures
 import cli
 import numpy as np
 from absl import flags
-from scipy import stats
 from tqdm import tqdm
 
-from fairdiff_jax.fairness import metrics, uncertainty
-
-TRIALS = flags.DEFINE_integer("trials", 1000, "Test sets a row.")
-EQUITY = flags.DEFINE_enum(
-  "equity", metrics.EQUITY[0], metrics.EQUITY, "Definition of ES."
+TRIALS = flags.DEFINE_integer("trials", 1000, "Test sets a row.", lower_bound=1)
+EQUITY = flags.DEFINE_string(
+  "equity", "fairdiff_std", "Definition of ES, as `evaluation.equity`."
 )
-RESAMPLES = flags.DEFINE_integer("resamples", 1000, "Resamples an interval.")
+RESAMPLES = flags.DEFINE_integer(
+  "resamples", 1000, "Resamples an interval.", lower_bound=1
+)
 
 NAMES = ("a", "b", "c")
 POPULATION = 20_000  # cases a group
@@ -38,12 +37,16 @@ COLUMNS = ("group mean", "gap", "ES", "gap difference", "ES difference")
 
 def values_of(mean, quantiles):
   """Dice with a long lower tail: Beta of that mean, deviation about 0.12."""
+  from scipy import stats
+
   return stats.beta.ppf(quantiles, 10 * mean, 10 * (1 - mean))
 
 
 @functools.lru_cache(maxsize=1)  # trials come row by row
 def population(distribution, means):
   """Dice `[3, POPULATION, 2]` of two runs."""
+  from scipy import stats
+
   rng = np.random.default_rng(0)
   luck = rng.multivariate_normal(
     [0, 0], [[1, 0.8], [0.8, 1]], (len(means), POPULATION)
@@ -63,6 +66,8 @@ def population(distribution, means):
 
 def trial(task):
   """Which intervals of one test set cover, bool in the order of `COLUMNS`."""
+  from fairdiff_jax.fairness import metrics, uncertainty
+
   distribution, means, sizes, equity, resamples, seed = task
   values = population(distribution, means)
   group = np.repeat(np.arange(len(means)), sizes)
@@ -90,6 +95,13 @@ def trial(task):
 
 
 def main(_):
+  from fairdiff_jax.fairness import metrics
+
+  if EQUITY.value not in metrics.EQUITY:
+    raise ValueError(
+      f"--equity={EQUITY.value} is unknown; use one of"
+      f" {', '.join(metrics.EQUITY)}"
+    )
   rows = list(itertools.product(FAILURES, MEANS, SIZES))
   trials = [row for row in rows for _ in range(TRIALS.value)]
   options = EQUITY.value, RESAMPLES.value

@@ -9,16 +9,13 @@ machine. MedPy's cost is linear in the cases and long: it may be timed on the
 first few of every chunk.
 """
 
+import importlib.util
 import time
 
 import cli
-import cv2
 import numpy as np
 from absl import flags
-from medpy.metric import binary
 from tqdm import tqdm
-
-from fairdiff_jax.evaluation import segmentation
 
 CHUNK = 50
 
@@ -31,6 +28,8 @@ MEDPY_CASES = flags.DEFINE_integer(
 
 def random_mask(rng, centre, radius, size):
   """uint8 `[size, size]`: a tilted ellipse (1) with another (2) inside."""
+  import cv2
+
   mask = np.zeros((size, size), np.uint8)
   cup_to_disc = rng.uniform(0.4, 0.7)
   for value, share in ((1, 1), (2, cup_to_disc)):
@@ -57,6 +56,8 @@ def random_pair(rng, size):
 
 def ours(labels, predictions):
   """Columns `<class>_<measure>` `[n]`."""
+  from fairdiff_jax.evaluation import segmentation
+
   n = len(labels)
   return segmentation.per_case(
     labels, predictions, [""] * n, np.zeros(n, int), ["all"]
@@ -65,6 +66,8 @@ def ours(labels, predictions):
 
 def medpy(regions):
   """The same, without cup-to-disc, from the pixels of every class."""
+  from medpy.metric import binary
+
   functions = {"dice": binary.dc, "iou": binary.jc, "hd95": binary.hd95}
   return {
     f"{cls}_{measure}": [function(b, a) for a, b in zip(*pair, strict=True)]
@@ -74,6 +77,10 @@ def medpy(regions):
 
 
 def main(_):
+  if importlib.util.find_spec("medpy") is None:
+    raise ImportError("this command needs medpy: pip install medpy")
+  from fairdiff_jax.evaluation import segmentation
+
   rng = np.random.default_rng(0)
   seconds = {ours: [], medpy: []}
   difference, medpy_cases = 0.0, 0

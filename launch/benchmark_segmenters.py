@@ -13,6 +13,7 @@ backward pass and optimiser; ours also averages the parameters.
 """
 
 import functools
+import importlib.util
 import os
 import sys
 import tempfile
@@ -20,28 +21,19 @@ import time
 from pathlib import Path
 
 import cli
-import jax
 import numpy as np
-import safetensors.numpy
-import torch
 from absl import flags
 from tqdm import tqdm
 
-from configs import fairseg
-from fairdiff_jax.data import statistics
-from fairdiff_jax.models.transunet import TransUNet
-from fairdiff_jax.objectives.segmentation import NUM_CLASSES
-from fairdiff_jax.training.checkpoint import network
-from fairdiff_jax.training.setup import make_step, setup
-from fairdiff_jax.training.start import start_from_weights
-
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
-import peers
 
 NETWORKS = flags.DEFINE_list("networks", ["samed", "transunet"], "Recipes.")
 FULL = flags.DEFINE_bool("full", False, "The published sizes, not small ones.")
-BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; each times every side.")
+BATCH = flags.DEFINE_integer("batch", 1, "Images a step.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer(
+  "rounds", 15, "Rounds; each times every side.", lower_bound=1
+)
+NEEDED = {"torch": "torch", "segment_anything": "segment-anything"}
 PAUSE = 0.3  # seconds in which the threads of one side fall asleep
 SMALL = {
   "samed": {
@@ -67,6 +59,8 @@ SMALL = {
 
 def configure(name, weights):
   """The recipe, without warm-up and dropout."""
+  from configs import fairseg
+
   config = fairseg.get_config(name)
   with config.unlocked():
     config.update_from_flattened_dict({} if FULL.value else SMALL[name])
@@ -79,6 +73,10 @@ def configure(name, weights):
 
 def make_samed(config, path):
   """Writes weights; returns (forward, parameters) of the peer."""
+  import peers
+  import safetensors.numpy
+  import torch
+
   sizes = config.segmenter.samed.to_dict()
   rank = sizes.pop("rank")
   model = peers.sam(config.segmenter.image_size, **sizes, noise=0.02)
@@ -105,6 +103,12 @@ def make_samed(config, path):
 
 def make_transunet(config, path):
   """Writes weights; returns (forward, parameters) of the peer."""
+  import peers
+  import safetensors.numpy
+
+  from fairdiff_jax.models.transunet import TransUNet
+  from fairdiff_jax.objectives.segmentation import NUM_CLASSES
+
   module = TransUNet(NUM_CLASSES, **config.segmenter.transunet)
   weights = peers.transunet_weights(module, config.segmenter.image_size)
   safetensors.numpy.save_file(weights, path)
@@ -113,8 +117,13 @@ def make_transunet(config, path):
   return peer.network, learnt
 
 
+MAKERS = {"samed": make_samed, "transunet": make_transunet}
+
+
 def make_batch(config):
   """Images and masks of noise, as a host's batch."""
+  from fairdiff_jax.objectives.segmentation import NUM_CLASSES
+
   rng = np.random.default_rng(0)
   shape = (BATCH.value, *config.data.size)
   return {
@@ -128,6 +137,13 @@ def make_batch(config):
 
 def ours(config, batch):
   """(step, infer): a step returns its loss; both end when all is computed."""
+  import jax
+
+  from fairdiff_jax.data import statistics
+  from fairdiff_jax.training.checkpoint import network
+  from fairdiff_jax.training.setup import make_step, setup
+  from fairdiff_jax.training.start import start_from_weights
+
   run = setup(config, jax.devices()[:1])
   groups = len(run.objective.group_names)
   stats = jax.tree.map(np.ones_like, statistics.shapes(groups))
@@ -152,6 +168,10 @@ def ours(config, batch):
 
 def theirs(config, batch, forward, learnt):
   """The same in PyTorch."""
+  import torch
+
+  from fairdiff_jax.objectives.segmentation import NUM_CLASSES
+
   options = config.optimizer.segmenter
   kinds = {
     "adamw": torch.optim.AdamW,
@@ -205,8 +225,7 @@ def time_sides(sides):
 def benchmark(name, path):
   """Times one network; returns lines of the table."""
   config = configure(name, path)
-  make = {"samed": make_samed, "transunet": make_transunet}[name]
-  forward, learnt = make(config, path)
+  forward, learnt = MAKERS[name](config, path)
   batch = make_batch(config)
   pairs = [ours(config, batch), theirs(config, batch, forward, learnt)]
   losses = [step() for step, _ in pairs]
@@ -229,6 +248,16 @@ def benchmark(name, path):
 
 
 def main(_):
+  unknown = set(NETWORKS.value) - MAKERS.keys()
+  if unknown:
+    raise ValueError(
+      f"--networks has {', '.join(sorted(unknown))}; use {', '.join(MAKERS)}"
+    )
+  for module, package in NEEDED.items():
+    if importlib.util.find_spec(module) is None:
+      raise ImportError(f"this command needs {package}: pip install {package}")
+  import torch
+
   torch.manual_seed(0)
   torch.set_num_threads(os.cpu_count())
   lines = [

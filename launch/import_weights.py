@@ -7,14 +7,12 @@ Prompts are turned into tokens by transformers' CLIPTokenizer, which only this
 command needs.
 """
 
+import os
 from pathlib import Path
 
 import cli
 import numpy as np
 from absl import flags
-
-from fairdiff_jax.objectives.latent_space import TOKENS
-from fairdiff_jax.pretrained import importing
 
 SOURCE = flags.DEFINE_string(
   "source", None, "Pipeline's folder as diffusers writes it, or single file."
@@ -44,17 +42,31 @@ NEGATIVE = flags.DEFINE_string(
 flags.mark_flags_as_required(["source", "out"])
 
 
-def tokens(prompts):
-  """Token ids [P, 77]."""
+def tokens(folder, prompts):
+  """Token ids [P, 77] by the tokenizer in a folder."""
+  from fairdiff_jax import files
+  from fairdiff_jax.objectives.latent_space import TOKENS
+
   try:
     from transformers import CLIPTokenizer
   except ImportError as error:
-    raise ImportError("prompts need transformers: pip install it") from error
-  folder = Path(TOKENIZER.value or f"{SOURCE.value}/tokenizer")
-  if not (folder / "vocab.json").is_file():
-    raise FileNotFoundError(f"{folder} has no vocab.json; correct --tokenizer")
-  tokenizer = CLIPTokenizer.from_pretrained(folder)
-  ids = tokenizer(prompts, padding="max_length", max_length=TOKENS).input_ids
+    raise ImportError(
+      "this command needs transformers: pip install transformers"
+    ) from error
+  folder = Path(folder)
+  for name in ("vocab.json", "merges.txt"):
+    if not (folder / name).exists():
+      raise FileNotFoundError(f"{folder} has no {name}; correct --tokenizer")
+    files.require_whole(folder / name)
+  files.read_json(folder / "vocab.json", "copy or download it again")
+  try:
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompts, padding="max_length", max_length=TOKENS).input_ids
+  except Exception as error:
+    raise ValueError(
+      f"{folder} holds no tokenizer of CLIP ({type(error).__name__}: {error});"
+      " correct --tokenizer"
+    ) from error
   for prompt, row in zip(prompts, ids, strict=True):
     if len(row) > TOKENS:
       raise ValueError(
@@ -65,14 +77,26 @@ def tokens(prompts):
 
 
 def main(_):
-  importing.require_new(OUT.value)  # before gigabytes are read
-  *positive, negative = tokens([*PROMPTS.value, NEGATIVE.value])
-  paths = [SOURCE.value, *filter(None, [CONTROLNET.value])]
+  from fairdiff_jax import files
+  from fairdiff_jax.pretrained import importing, stable_diffusion
+
+  source, controlnet, tokenizer, out = (
+    os.path.expanduser(flag.value)
+    for flag in (SOURCE, CONTROLNET, TOKENIZER, OUT)
+  )
+  # Before gigabytes are read:
+  importing.require_new(out)
+  paths = [source, *filter(None, [controlnet])]
+  for path in paths:
+    files.find(path)
+  scheduler = importing.read_scheduler(source)
+  tokenizer = tokenizer or f"{source}/tokenizer"
+  *positive, negative = tokens(tokenizer, [*PROMPTS.value, NEGATIVE.value])
   networks = {}
   for path in paths:
     networks |= importing.read(path)
   importing.write(
-    OUT.value,
+    out,
     networks,
     positive=np.stack(positive),
     negative=negative,
@@ -81,8 +105,15 @@ def main(_):
       "prompts": PROMPTS.value,
       "negative_prompt": NEGATIVE.value,
     },
+    scheduler=scheduler,
   )
-  print(f"written: {OUT.value}; train with --config.image.weights={OUT.value}")
+  settings = {"weights": out} | {
+    field: value
+    for field, value in stable_diffusion.read_schedule(out).items()
+    if value != stable_diffusion.SCHEDULE[field]
+  }
+  fields = " ".join(f"--config.image.{k}={v}" for k, v in settings.items())
+  print(f"written: {out}; train with {fields}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Vocabulary, dialects and words."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fairdiff_jax.data import attributes
 
@@ -64,6 +68,8 @@ def test_race_codes(dialect, asian_black_white):
     ("race", "White", "White"),
     ("race", "black", "Black"),
     ("gender", " female ", "Female"),
+    ("gender", "F", "Female"),
+    ("gender", np.array(b"m"), "Male"),
     ("ethnicity", "non-hispanic", "Non-Hispanic"),
     ("language", "other", "Other"),
     ("maritalstatus", "married or partnered", "Married"),
@@ -89,7 +95,13 @@ def test_unknown(value):
     (0, "fairdiff", "race 0 is not one of 2 Asian, 3 Black, 7 White, -1 unkn"),
     (-2, "current", "race -2 is not one of"),
     (1.5, "current", "race 1.5 is not one of"),
-    ("purple", "current", "race 'purple' is not one of asian, black, white"),
+    (
+      "purple",
+      "current",
+      "race 'purple' is not one of asian, black, white, black or african"
+      r" american, white or caucasian or unknown\.$",
+    ),
+    (10**400, "current", "race .* is not one number"),
     (np.zeros(3), "current", "data_1.npz: race .* is not one number"),
   ],
 )
@@ -106,6 +118,7 @@ def test_age():
     54.76, abs=0.01
   )
   assert attributes.parse_age("47") == 47
+  assert attributes.parse_age("90+") == attributes.parse_age(b"90+") == 90
   assert attributes.parse_age("unknown") == attributes.parse_age(None) == -1
   with pytest.raises(ValueError, match=r"data_1\.npz: age 20000 is above 130"):
     attributes.parse_age(20000, file="data_1.npz")
@@ -148,6 +161,10 @@ def test_combined_groups():
     assert attributes.group_codes("race+gender", one) == [code]
   with pytest.raises(ValueError, match="No attribute 'gendre'"):
     attributes.group_names("race+gendre")
+  with pytest.raises(
+    ValueError, match=r"'race\+race' names an attribute twice"
+  ):
+    attributes.group_names("race+race")
 
 
 def test_small_groups_are_pooled():
@@ -163,3 +180,73 @@ def test_small_groups_are_pooled():
   assert attributes.attributes_of("language", "Other") == {"language": 2}
   with pytest.raises(ValueError, match="no group 'Asien' to pool"):
     attributes.group_names("race", ("Asien",))
+
+
+def test_pooled_groups_join_the_group_that_is_called_other():
+  names = ("English", "Other")
+  for pooled in (("Spanish",), ("Spanish", "Other")):
+    assert attributes.group_names("language", pooled) == names
+    columns = {"language": np.array([0, 1, 2, -1])}
+    found = attributes.group_codes("language", columns, pooled)
+    np.testing.assert_array_equal(found, [0, 1, 1, -1])
+    assert attributes.attributes_of("language", "Other", pooled) == {}
+  pooled = ("Other",)  # too few, and nothing to join
+  assert attributes.group_names("language", pooled)[2] == "Other"
+  assert attributes.attributes_of("language", "Other", pooled) == {
+    "language": 2
+  }
+
+
+def test_what_all_cases_of_other_have_is_known():
+  pooled = ("Asian Female", "Black Female")
+  found = attributes.attributes_of("race+gender", "Other", pooled)
+  assert found == {"gender": 0}
+
+
+@st.composite
+def groupings(draw):
+  """An attribute or several, and some of its groups to pool."""
+  parts = draw(
+    st.lists(
+      st.sampled_from(list(attributes.ATTRIBUTES)),
+      min_size=1,
+      max_size=3,
+      unique=True,
+    )
+  )
+  attribute = "+".join(parts)
+  names = attributes.group_names(attribute)
+  return attribute, draw(st.lists(st.sampled_from(names), unique=True))
+
+
+@settings(derandomize=True, deadline=None)
+@given(groupings())
+def test_names_and_codes_of_all_groupings_agree(grouping):
+  attribute, pooled = grouping
+  parts = attribute.split("+")
+  own = attributes.group_names(attribute)
+  names = attributes.group_names(attribute, pooled)
+  assert len({name.lower() for name in names}) == len(names)
+  assert set(names) - {attributes.OTHER} <= set(own) - set(pooled)
+  sizes = [len(attributes.ATTRIBUTES[part]) for part in parts]
+  every = np.array(list(itertools.product(*map(range, sizes)))).T
+  columns = dict(zip(parts, every, strict=True))
+  codes = attributes.group_codes(attribute, columns, pooled)
+  assert set(codes) == set(range(len(names)))
+  for i, name in enumerate(own):
+    kept = name in names and name not in pooled
+    assert names[codes[i]] == (name if kept else attributes.OTHER)
+  for code, name in enumerate(names):
+    assert attributes.group_code(attribute, name, pooled) == code
+    members = every[:, codes == code]
+    expected = {
+      part: column[0]
+      for part, column in zip(parts, members, strict=True)
+      if len(set(column)) == 1
+    }
+    assert attributes.attributes_of(attribute, name, pooled) == expected
+  # Groups with one case each, those to pool with none, are too small below 1.
+  left = np.isin(own, pooled, invert=True)
+  columns = {part: column[left] for part, column in columns.items()}
+  small = attributes.small_groups(attribute, columns, 1)
+  assert set(small) == set(pooled)

@@ -1,7 +1,9 @@
 """Checkpoints: parts, facts, retention, damage. On a state of a few numbers."""
 
 import json
+import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +115,7 @@ def test_keeps_the_newest(tmp_path, keep):
 
 def test_a_reader_leaves_a_save_in_progress_alone(tmp_path, abstract):
   save(tmp_path, 3)
-  unfinished = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
+  unfinished = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
   shutil.copytree(tmp_path / "checkpoints" / "3", unfinished)
   assert checkpoint.restore_inference(tmp_path, None, abstract)[0] == 3
   assert unfinished.exists()
@@ -223,6 +225,65 @@ def test_fingerprint_sees_names_types_and_values():
   ]
   assert len({fingerprint(tree) for tree in trees}) == len(trees)
   assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+def test_saves_leave_neither_handles_nor_threads(tmp_path):
+  checkpoints = Checkpoints(tmp_path, 2)
+
+  def held():
+    checkpoints.wait()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+  for step in (1, 2):  # what Orbax keeps for all saves
+    checkpoints.save(make_state(step), facts={})
+  before = held()
+  for step in range(3, 13):
+    checkpoints.save(make_state(step), facts={})
+  assert held() == before
+  checkpoints.close()
+
+
+def test_what_could_not_be_written_is_said(tmp_path, monkeypatch):
+  class Full:
+    def result(self):
+      raise RuntimeError("UNAVAILABLE: No space left on device")
+
+  checkpoints = Checkpoints(tmp_path, 2)
+  monkeypatch.setattr(
+    checkpoints._checkpointer,
+    "save_checkpointables_async",
+    lambda *args, **kwargs: Full(),
+  )
+  checkpoints.save(make_state(3), facts={})
+  with pytest.raises(OSError, match=r"step 3 could not.*No space left.*make"):
+    checkpoints.wait()
+  checkpoints.close()
+
+
+@pytest.mark.parametrize("parts", [("inference",), ("inference", "training")])
+def test_a_renamed_checkpoint_is_another_step_s(tmp_path, abstract, parts):
+  save(tmp_path, 3, 6)
+  folder = tmp_path / "checkpoints"
+  (folder / "6").rename(folder / "7")
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.restore(abstract, parts)[0] == 3
+  shutil.rmtree(folder / "3")
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(ValueError, match=r"step 7: .*holds step 6: it was re"):
+    checkpoints.restore(abstract, parts)
+  checkpoints.close()
+
+
+def test_what_else_a_checkpoint_needs_is_part_of_it(tmp_path, abstract):
+  def check(facts):
+    if facts["bank"] == "bank of 6":
+      raise ValueError("its bank is gone")
+
+  save(tmp_path, 3, 6)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.restore(abstract, check=check)[0] == 3
+  checkpoints.close()
 
 
 def test_prune_keeps_the_banks_that_are_needed(tmp_path):

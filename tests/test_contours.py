@@ -7,12 +7,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fairdiff_jax.data import phantom
-from fairdiff_jax.data.contours import mask_to_points, points_to_mask
+from fairdiff_jax.data.audit import mask_fault
+from fairdiff_jax.data.contours import (
+  LEAST_DICE,
+  mask_to_points,
+  points_to_mask,
+  round_trip,
+  round_trip_fault,
+)
 
 FULL = (664, 798)
 
 
-def dice(a, b):
+def dice_of(a, b):
   return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
@@ -41,9 +48,9 @@ def test_round_trip_at_full_size():
     assert back.dtype == np.uint8
     scores.append(
       [
-        dice(mask > 0, back > 0),
-        dice(mask == 2, back == 2),
-        dice(mask == 1, back == 1),
+        dice_of(mask > 0, back > 0),
+        dice_of(mask == 2, back == 2),
+        dice_of(mask == 1, back == 1),
       ]
     )
   disc, cup, rim = np.mean(scores, axis=0)
@@ -56,8 +63,8 @@ def test_round_trip_of_small_masks():
   for group in range(3):
     _, mask = phantom.generate(np.random.default_rng(group), group)
     back = points_to_mask(mask_to_points(mask, 128), mask.shape)
-    assert dice(mask > 0, back > 0) > 0.98
-    assert dice(mask == 2, back == 2) > 0.97
+    assert dice_of(mask > 0, back > 0) > 0.98
+    assert dice_of(mask == 2, back == 2) > 0.97
 
 
 @pytest.mark.parametrize("num_points", [2, 7, 128, 512, 1500])
@@ -82,6 +89,67 @@ def test_a_mask_that_fills_the_image_comes_back():
   mask[0:5, 3:9] = 2
   cloud = mask_to_points(mask, 256)
   np.testing.assert_array_equal(points_to_mask(cloud, mask.shape), mask)
+
+
+def test_all_points_of_the_contours_give_the_mask_back():
+  for i in range(6):
+    _, mask = phantom.generate(np.random.default_rng(i), i % 3, (200, 240))
+    assert round_trip(mask, mask_to_points(mask, None)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_small_clouds_of_small_eyes_are_far_from_the_bound(side):
+  for i in range(30):
+    _, mask = phantom.generate(np.random.default_rng(i), i % 3, (side, side))
+    points = mask_to_points(mask, 32)
+    dice = round_trip(mask, points)
+    back = points_to_mask(points, mask.shape)
+    assert dice[0] == pytest.approx(dice_of(mask > 0, back > 0))
+    assert dice[1] == pytest.approx(dice_of(mask == 2, back == 2))
+    assert min(dice[:2]) > LEAST_DICE + 0.05
+    assert round_trip_fault(mask, points, dice) is None
+
+
+def fault_of(mask, num_points=512):
+  points = mask_to_points(mask, num_points)
+  return round_trip_fault(mask, points, round_trip(mask, points))
+
+
+def test_masks_that_no_cloud_gives_back_are_named():
+  eye = ellipses()
+  beside = np.zeros_like(eye)
+  beside[40:60, 5:15] = 2
+  beside[30:70, 40:80] = 1
+  snake = np.zeros((60, 60), np.uint8)
+  snake[10:50, 10:50] = 1
+  snake[15:45, 15:45] = 0
+  snake[15:45, 10:30] = 0
+  snake[12:14, 12:48] = 2
+  for mask, message in (
+    (np.hstack([eye, eye]), r"disc 0\.67, .* discs: 2, cups: 2; keep one of"),
+    (beside, r"of the cup 0\.00; .* discs: 2, cups: 1; keep one of each"),
+    (snake, "about its centre, and here one turns back; correct the mask"),
+  ):
+    assert fault_of(mask) is not None
+    with pytest.raises(ValueError, match=message):
+      raise ValueError(fault_of(mask))
+  assert fault_of(eye) is None
+  assert "6 points are too few for it; raise data" in fault_of(eye, 6)
+
+
+def test_the_audit_knows_unsound_masks():
+  eye = ellipses()
+  assert mask_fault(eye, min_solidity=0.9) is None
+  assert mask_fault(0 * eye, min_solidity=0.9) == "no disc"
+  assert mask_fault(eye.clip(0, 1), min_solidity=0.9) == "no cup"
+  assert mask_fault(np.where(eye, 2, 0), min_solidity=0.9) == "no rim"
+  assert mask_fault(eye[30:], min_solidity=0.9) == "outside"
+  gaps = eye.copy()
+  gaps[::3] = 0
+  assert mask_fault(gaps, min_solidity=0.9) == "ragged disc"
+  gaps = np.where((eye == 2) & (np.arange(len(eye)) % 3 == 0)[:, None], 1, eye)
+  assert mask_fault(gaps, min_solidity=0.9) == "ragged cup"
+  assert mask_fault(gaps, min_solidity=0.5) is None
 
 
 def test_contours_are_sub_pixel():

@@ -52,6 +52,88 @@ def test_a_directory_is_complete_or_absent(tmp_path):
   assert [p.name for p in path.iterdir()] == ["whole"]
 
 
+def leftover(directory, name, process, host=None):
+  """What a process that fills `name` has made so far."""
+  with files.new_directory(directory / name) as made:
+    head, _ = made.name.rsplit("_", 1)
+  (directory / name).rmdir()
+  if host:
+    head = f"{files.LEFTOVER}{name}_{host}"
+  path = directory / f"{head}_{process}"
+  path.mkdir()
+  (path / "half").touch()
+  return path
+
+
+def test_sweep_keeps_what_a_living_process_fills(tmp_path):
+  child = subprocess.Popen(
+    [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
+  )
+  try:
+    filled = leftover(tmp_path, "a_b", child.pid)
+    ended = leftover(tmp_path, "c", os.getpid())  # an earlier one's number
+    files.sweep(tmp_path)
+    assert filled.exists() and not ended.exists()
+  finally:
+    child.communicate()
+  files.sweep(tmp_path, "b")
+  assert filled.exists()
+  files.sweep(tmp_path, "a_b")
+  assert not filled.exists()
+
+
+def test_sweep_waits_a_day_for_other_hosts(tmp_path):
+  path = leftover(tmp_path, "a", 1, host="elsewhere")
+  files.sweep(tmp_path)
+  assert path.exists()
+  yesterday = time.time() - 25 * 3600
+  for touched in (path / "half", path):
+    os.utime(touched, (yesterday, yesterday))
+  files.sweep(tmp_path)
+  assert not path.exists()
+
+
+def test_the_next_start_clears_what_a_killed_one_left(tmp_path):
+  code = """
+import os, sys
+from fairdiff_jax import files
+with files.new_directory(sys.argv[1]) as directory:
+  (directory / "half").touch()
+  os.kill(os.getpid(), 9)
+"""
+  path = tmp_path / "made"
+  subprocess.run([sys.executable, "-c", code, str(path)])
+  assert [p.name for p in tmp_path.glob("*/*")] == ["half"]
+  with files.new_directory(path) as directory:
+    assert list(tmp_path.iterdir()) == [directory]
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_no_file_is_behind_is_named(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "empty").touch()
+  (tmp_path / "pointer").write_text(
+    "version https://git-lfs.github.com/spec/v1"
+  )
+  (tmp_path / "directory").mkdir()
+  for i in range(7):
+    (tmp_path / "directory" / f"{i}.npz").write_text("version 1")
+  for name, error, message in (
+    ("none", FileNotFoundError, f"none does not exist in {tmp_path}"),
+    ("~/none", FileNotFoundError, f"{tmp_path}/none does not exist; correct"),
+    ("empty", ValueError, "empty is empty; download"),
+    ("~/pointer", ValueError, f"{tmp_path}/pointer is Git LFS's .* lfs pull`"),
+    ("directory", ValueError, r"0.npz, .*, 4.npz, ... and 2 more\)"),
+    ("https://x.org/a", ValueError, "https://x.org/a is an address; download"),
+    (Path("gs://x/a"), ValueError, "gs:/x/a is an address; download"),
+  ):
+    with pytest.raises(error, match=message):
+      files.require_whole(name)
+  whole = files.require_whole("~/directory/0.npz")
+  assert whole == tmp_path / "directory" / "0.npz"
+
+
 def test_sweep_leaves_what_is_complete(tmp_path):
   (tmp_path / f"{files.LEFTOVER}a" / "b").mkdir(parents=True)
   (tmp_path / f"{files.LEFTOVER}c").touch()

@@ -318,6 +318,12 @@ def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
     difference = found.image.astype(int) - expected.image[index]
     assert np.abs(difference).max() <= 1
   assert len({x.tobytes() for x in expected.image}) == len(number)
+  # More than a batch of them, the last one part full.
+  more = one(np.arange(10, 29), np.resize(group, 19))
+  for found, first in zip(more, expected, strict=True):
+    assert len(found) == 19
+    np.testing.assert_array_equal(found[:8], first)
+  assert len(one([], []).image) == 0
 
 
 def test_pmap_is_for_one_process(monkeypatch):

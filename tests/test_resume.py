@@ -220,7 +220,17 @@ run(WORKDIR, **{"checkpoint.keep": 1})
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path, start, reference):
   code = """
-on_call(Journal, "step", 5, terminate)
+from fairdiff_jax.synthesis import generate
+on_call(generate, "mask_fault", 1, terminate)  # in the first refill
+assert run(WORKDIR) is None
+"""
+  done = start(tmp_path, code)
+  assert done.returncode == 0, done.stderr
+  assert "SIGTERM: stopped after step 2, saved" in done.stderr
+  assert steps(tmp_path) == {"2"}
+  assert len(list(tmp_path.glob("bank/unfinished/*/*.npz"))) == 1
+  code = """
+on_call(Journal, "step", 3, terminate)
 assert run(WORKDIR) is None
 """
   done = start(tmp_path, code)

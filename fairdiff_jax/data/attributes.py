@@ -11,7 +11,7 @@ and those of FairDomain, FairDiff and FairMedFM.
 
 import difflib
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 # Words of the csv files, in lower case, besides the names in ATTRIBUTES.
 WORDS: dict[str, dict[str, int]] = {
   "race": {"black or african american": 1, "white or caucasian": 2},
-  "gender": {},
+  "gender": {"f": 0, "m": 1},
   "ethnicity": {"non hispanic": 0, "not hispanic": 0},
   "language": {"others": 2},
   "maritalstatus": {"married or partnered": 0, "legally separated": 4},
@@ -139,7 +139,7 @@ def detect_dialect(
   if len(fitting) == 1:
     return found[0]
 
-  code, years = (_number(v) if _is_number(v) else None for v in (race, age))
+  code, years = _or_none(_number, race), _or_none(_years, age)
   coded = [name for name in fitting if code in DIALECTS[name].race]
   if len(coded) == 1:
     return coded[0]
@@ -176,13 +176,12 @@ def parse_attribute(
   Raises:
     ValueError: the value is outside the vocabulary.
   """
-  if np.asarray(value).dtype.kind in "SU":
-    word = str(np.asarray(value).astype(str)).strip()
+  word = text(value)
+  if word is not None:
     code = _words(attribute).get(word.lower())
     if code is None:
       raise ValueError(
-        f"{file}: {attribute} {word!r} is not one of "
-        f"{', '.join(_words(attribute))}, unknown."
+        f"{file}: {attribute} {word!r} is not one of {_known_words(attribute)}."
       )
     return code
 
@@ -208,14 +207,12 @@ def parse_attribute(
 def parse_age(
   value: Any, *, dialect: str = "current", file: str = "file"
 ) -> float:
-  """Returns the age in years, or -1 for unknown.
+  """Returns the age in years, or -1 for unknown; that of `90+` is 90.
 
   Raises:
     ValueError: the age is not a number, or above 130 years.
   """
-  if str(value).strip().lower() in UNKNOWN_WORDS:
-    return float(UNKNOWN)
-  age = _number(value, f"{file}: age")
+  age = _years(value, f"{file}: age")
   if age is None or age < 0:
     return float(UNKNOWN)
   if DIALECTS[dialect].age == "days" and age > OLDEST_AGE:
@@ -231,26 +228,33 @@ def parse_age(
 def group_names(
   attribute: str, pooled: Collection[str] = ()
 ) -> tuple[str, ...]:
-  """Names of the groups that an attribute tells apart.
+  """Names of the groups that an attribute tells apart, no name twice.
 
   Args:
     attribute: a key of ATTRIBUTES, or several joined by '+', whose groups are
       all combinations, such as 'Asian Female' of 'race+gender'.
-    pooled: names of groups that become one, OTHER, which comes last.
+    pooled: names of groups that become one, OTHER, which comes last. An
+      attribute's own group of that name joins them.
 
   Raises:
-    ValueError: no such attribute or group; suggests the nearest name.
+    ValueError: no such attribute or group, with the nearest name, or an
+      attribute twice.
   """
-  parts = [_names(name) for name in attribute.split("+")]
-  names = tuple(" ".join(p) for p in itertools.product(*parts))
+  parts = attribute.split("+")
+  if len(set(parts)) < len(parts):
+    raise ValueError(
+      f"{attribute!r} names an attribute twice; name each of them once."
+    )
+  names = tuple(" ".join(p) for p in itertools.product(*map(_names, parts)))
   for name in pooled:
     if name not in names:
       raise ValueError(
         f"{attribute} has no group {name!r} to pool."
         f"{_did_you_mean(name, names)}"
       )
-  kept = tuple(name for name in names if name not in pooled)
-  return (*kept, OTHER) if pooled else kept
+  if not pooled:
+    return names
+  return (*(n for n in names if n not in {*pooled, OTHER}), OTHER)
 
 
 def group_codes(
@@ -268,18 +272,11 @@ def group_codes(
   Returns:
     int32 [n], -1 where an attribute is unknown.
   """
+  group = _group_of(attribute, pooled)
   columns = [attributes[name] for name in attribute.split("+")]
-  sizes = [len(_names(name)) for name in attribute.split("+")]
   unknown = np.any([column < 0 for column in columns], axis=0)
-  code = np.ravel_multi_index(
-    [np.maximum(column, 0) for column in columns], sizes
-  )
-  names = group_names(attribute, pooled)
-  index = [
-    names.index(OTHER if name in pooled else name)
-    for name in group_names(attribute)
-  ]
-  return np.where(unknown, UNKNOWN, np.asarray(index)[code]).astype(np.int32)
+  known = tuple(np.maximum(column, 0) for column in columns)
+  return np.where(unknown, UNKNOWN, group[known]).astype(np.int32)
 
 
 def group_counts(group: np.ndarray, num_groups: int) -> np.ndarray:
@@ -332,15 +329,49 @@ def group_code(attribute: str, name: str, pooled: Collection[str] = ()) -> int:
   return lower.index(name.lower())
 
 
-def attributes_of(attribute: str, name: str) -> dict[str, int]:
-  """Canonical codes by attribute of a group's cases; none for OTHER."""
-  if name == OTHER and name not in group_names(attribute):
+def attributes_of(
+  attribute: str, name: str, pooled: Collection[str] = ()
+) -> dict[str, int]:
+  """Canonical codes, by attribute, that all cases of a group have.
+
+  A group of `group_names(attribute, pooled)`, or OTHER, of which nothing is
+  known where `pooled` does not say what it holds.
+  """
+  if name == OTHER and name not in group_names(attribute, pooled):
     return {}
-  parts = attribute.split("+")
-  codes = np.unravel_index(
-    group_code(attribute, name), [len(_names(part)) for part in parts]
+  code = group_code(attribute, name, pooled)
+  members = np.nonzero(_group_of(attribute, pooled) == code)
+  return {
+    part: int(codes[0])
+    for part, codes in zip(attribute.split("+"), members, strict=True)
+    if (codes == codes[0]).all()
+  }
+
+
+def accepted(attribute: str) -> str:
+  """Which values of an attribute, or of `age`, can be read, for messages."""
+  if attribute == "age":
+    return f"read are 0 to {OLDEST_AGE} years, such as 61 or 90+, and unknown"
+  return (
+    "read are the codes of the file's dialect and the words "
+    f"{_known_words(attribute)}"
   )
-  return {part: int(code) for part, code in zip(parts, codes, strict=True)}
+
+
+def _known_words(attribute: str) -> str:
+  known = [w for w, c in _words(attribute).items() if c != UNKNOWN]
+  return f"{', '.join(known)} or unknown"
+
+
+def _group_of(attribute: str, pooled: Collection[str]) -> np.ndarray:
+  """Group index, by the canonical code of every attribute of a combination."""
+  names = group_names(attribute, pooled)
+  index = [
+    names.index(name if name in names else OTHER)
+    for name in group_names(attribute)
+  ]
+  sizes = [len(_names(part)) for part in attribute.split("+")]
+  return np.reshape(index, sizes)
 
 
 def _names(attribute: str) -> tuple[str, ...]:
@@ -374,9 +405,29 @@ def _race_names(dialects: list[str], code: float) -> str:
   )
 
 
-def _is_number(value: Any) -> bool:
+def _or_none(parse: Callable[[Any], float | None], value: Any) -> float | None:
+  try:
+    return parse(value)
+  except ValueError:
+    return None
+
+
+def text(value: Any) -> str | None:
+  """A word of a file or csv, None for what is no text."""
   value = np.asarray(value)
-  return value.size == 1 and value.dtype.kind in "biuf"
+  if value.dtype.kind == "S":
+    value = np.char.decode(value, "utf-8", "replace")
+  return str(value).strip() if value.dtype.kind == "U" else None
+
+
+def _years(value: Any, what: str = "age") -> float | None:
+  """Returns an age as float, in whatever unit; None for unknown."""
+  word = text(value)
+  if word is None:
+    return _number(value, what)
+  if word.lower() in UNKNOWN_WORDS:
+    return None
+  return _number(word.removesuffix("+"), what)
 
 
 def _number(value: Any, what: str = "value") -> float | None:
@@ -385,6 +436,6 @@ def _number(value: Any, what: str = "value") -> float | None:
     return None
   try:
     number = float(np.asarray(value).item())
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     raise ValueError(f"{what} {value!r} is not one number.") from None
   return None if np.isnan(number) else number

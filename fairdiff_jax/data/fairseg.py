@@ -12,17 +12,19 @@ Rules, in one place:
   that is smaller, or whose cup lies outside, is set aside. One whose disc is
   cut is kept with what is left of it, as the published segmenters do (to leave
   it out would make the test set easier), and noted.
-* Image: area interpolation when shrinking, cubic when enlarging. Floating-point
-  images within [0, 1] are multiplied by 255; within [0, 255] they are rounded.
+* Image: area interpolation when shrinking, cubic when enlarging.
 * Mask: nested area vote. A pixel is disc where at least half of its area is
   disc, and cup where more than half is cup. Rim is disc without cup: one
   thinner than a pixel keeps its area, where a vote of three classes drops it.
 * Points: sampled from the mask at its native size, then moved to the prepared
-  size with r' = (r + 0.5) H / H0 - 0.5.
+  size with r' = (r + 0.5) H / H0 - 0.5. A case whose points do not give its
+  mask back (`contours.LEAST_DICE`) is set aside.
 * Attributes: the npz decides; data_summary.csv fills what is unknown there.
+  What nobody can read is unknown, and noted.
 * Split: `use`, a column of data_summary.csv (training / test; or `train`, 1 or
   0), or a list of the training cases. The two published ones disagree, so the
-  choice is recorded with the data.
+  choice is recorded with the data. A case is there once: two files or two rows
+  of one name are set aside.
 """
 
 import collections
@@ -31,8 +33,9 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,24 +44,16 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from fairdiff_jax.data import attributes, contours, phantom
-from fairdiff_jax.data.npz import (
-  SUMMARY,
-  Case,
-  case_key,
-  find_summary,
-  read_case,
-  read_summary,
-)
+from fairdiff_jax import files
+from fairdiff_jax.data import attributes, contours, npz, phantom, splits
+from fairdiff_jax.data.audit import mask_fault
+from fairdiff_jax.data.npz import SUMMARY, Case, case_key
+from fairdiff_jax.data.report import STRUCTURES, Report, named, plain
 
-SHOWN = 8  # cases that a note names
-SPLITS = {
-  "training": "train",
-  "train": "train",
-  "1": "train",
-  "test": "test",
-  "0": "test",
-}
+MIN_SOLIDITY = 0.9  # of masks, as `bank.min_solidity` is by default
+_WORST = 3  # cases whose round trip is listed
+_LONGEST = 40  # characters of a value that a note quotes
+_MADE_UP = "phantom, "  # how the settings' source begins for phantoms
 
 
 class Cases(NamedTuple):
@@ -77,54 +72,6 @@ class Cases(NamedTuple):
   mask: np.ndarray
   points: np.ndarray
   attributes: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What was found in a directory of npz files.
-
-  Attributes:
-    settings: what the data was prepared from and how.
-    dialects: cases by dialect.
-    sizes: cases by native size, "H x W".
-    counts: split -> attribute -> group name -> cases.
-    set_aside: (file, reason) of every case that is not used.
-    notes: other findings, one sentence each.
-  """
-
-  settings: dict[str, Any]
-  dialects: dict[str, int]
-  sizes: dict[str, int]
-  counts: dict[str, dict[str, dict[str, int]]]
-  set_aside: list[tuple[str, str]]
-  notes: list[str]
-
-  @property
-  def usable(self) -> int:
-    """Number of cases that are not set aside."""
-    return sum(self.dialects.values())
-
-  def __str__(self) -> str:
-    lines = [f"{k:<12}{_plain(v)}" for k, v in self.settings.items()]
-    lines.append(f"{'dialects':<12}{_tally(self.dialects)}")
-    lines.append(f"{'sizes':<12}{_tally(self.sizes)}")
-    splits = list(self.counts)
-    if splits:
-      lines.append("")
-      lines.append(f"{'':<29}" + "".join(f"{s:>8}" for s in splits))
-    for attribute, groups in self.counts[splits[0]].items() if splits else ():
-      for i, group in enumerate(groups):
-        label = f"{attribute if i == 0 else '':<14} {group:<14}"
-        numbers = (self.counts[s][attribute][group] for s in splits)
-        lines.append(label + "".join(f"{n:>8}" for n in numbers))
-    lines.append("")
-    lines.extend(self.notes)
-    lines.append(
-      f"{self.usable} cases usable, {len(self.set_aside)} set aside"
-      + (":" if self.set_aside else ".")
-    )
-    lines.extend(f"  {file}  {reason}" for file, reason in self.set_aside)
-    return "\n".join(lines)
 
 
 def build(
@@ -159,14 +106,19 @@ def build(
 
   Raises:
     FileNotFoundError: no such source, csv or list.
-    FileExistsError: `directory` was prepared with other settings.
-    ValueError: bad settings, or no usable case, or none to train on.
+    FileExistsError: `directory` was prepared with other settings, or from
+      other files.
+    OSError: it cannot be written.
+    ValueError: bad settings, csv or list, a path that cannot be read again, no
+      usable case, or none to train on.
   """
+  files.require_plain(directory, "data.directory")
+  source = Path(source)
   settings = _settings(
-    str(Path(source).resolve()), size, num_points, split, crop
+    source, source, size=size, num_points=num_points, split=split, crop=crop
   )
   return _reuse(directory, settings) or _build(
-    Path(source), Path(directory), settings, split, progress
+    source, Path(directory), settings, split, progress
   )
 
 
@@ -175,41 +127,41 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
 
   Args:
     config: fields source ("phantom" or a directory of npz files), size,
-      num_points, split, crop, and phantom, the arguments of `phantom.write`.
+      num_points, split, crop, attribute, and phantom, the arguments of
+      `phantom.write`.
     directory: where to write the prepared data; phantoms are first written to
       a folder in it as npz files.
 
-  Returns, raises: see `build`.
+  Returns, raises: see `build`; ValueError also for an unknown attribute.
   """
-  size, num_points = tuple(config.size), config.num_points
+  attributes.group_names(config.attribute)
+  if not config.source:
+    raise ValueError(
+      "data.source is empty; give --config.data.source=NPZ_DIRECTORY, or "
+      "=phantom for made-up patients."
+    )
   if config.source != "phantom":
     return build(
       config.source,
       directory,
-      size=size,
-      num_points=num_points,
+      size=config.size,
+      num_points=config.num_points,
       split=config.split,
       crop=config.crop,
     )
-  made = config.phantom.to_dict()
-  origin = "phantom, " + ", ".join(f"{k} {_plain(v)}" for k, v in made.items())
-  settings = _settings(origin, size, num_points, config.split, config.crop)
+  files.require_plain(directory, "data.directory")
+  settings = _settings_of(config)
   stored = _reuse(directory, settings)
   if stored:
     return stored
+  size, made = tuple(config.size), config.phantom.to_dict()
   name = "-".join(
     ("phantom", *(f"{k}_{v}" for k, v in made.items()), *map(str, size))
   )
   source = Path(directory) / name
   if not source.exists():
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as incomplete:
-      phantom.write(Path(incomplete) / name, shape=size, **made)
-      try:
-        (Path(incomplete) / name).rename(source)
-      except OSError:
-        if not source.exists():
-          raise  # else another process was faster, with the same phantoms
+    with files.new_directory(source) as incomplete:
+      phantom.write(incomplete, shape=size, **made)
   return _build(source, Path(directory), settings, config.split, True)
 
 
@@ -218,37 +170,57 @@ def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
 
   Raises:
     FileNotFoundError: no such directory, or no npz file in it.
+    ValueError: the prepared data is damaged.
   """
   if _is_prepared(source):
     return _stored_report(source)
   source = Path(source)
-  split = "use" if find_summary(source) else None
-  _, report = _collect(
-    source, {"source": str(source)}, split, lambda case: None, progress
-  )
-  if split is None:
-    report.notes.append(f"There is no {SUMMARY}, so no split to show.")
+  paths = _require_files(source)
+  rows, split, notes = {}, None, []
+  try:
+    rows, split = npz.read_summary(source, required=True), "use"
+  except FileNotFoundError:
+    notes.append(f"There is no {SUMMARY}, so no split to show.")
+  except (ValueError, OSError) as error:
+    notes.append(f"There is no split to show: {error}")
+  _, report = _collect(paths, {"source": str(source)}, split, rows, progress)
+  report.notes.extend(notes)
   return report
 
 
 def require_prepared(config: Any, directory: str | os.PathLike) -> None:
-  """Raises ValueError unless data was prepared with a `config.data`'s pixels.
+  """Raises ValueError unless data was prepared as a `config.data` asks.
 
-  What it was prepared from is not compared: prepared data may be moved.
+  Fields are compared by content: directories and lists may be moved. What is
+  no longer there, a source or a list, is not read again; a list that is gone
+  is known by its name.
+
+  Args:
+    config: fields as for `prepare`.
+    directory: of the prepared data.
 
   Raises:
     FileNotFoundError: the directory is not prepared.
-    ValueError: it was prepared with another size or crop.
+    ValueError: it was prepared with other fields, or is damaged.
   """
-  settings = _require(directory).settings
-  for key in ("size", "crop"):
-    found, wanted = tuple(settings.get(key, ())), tuple(config[key])
-    if found != wanted:
-      raise ValueError(
-        f"{directory} was prepared with {key} {_plain(found) or 'none'}, but "
-        f"data.{key} is {_plain(wanted) or 'none'}. Change data.{key}, or "
-        "prepare another directory (launch/prepare.py)."
-      )
+  stored = _require(directory, config.source).settings
+  wanted = _settings_of(config)
+  differing = _differing(stored, wanted)
+  differing.pop("files", None)
+  made_up = any(s["source"].startswith(_MADE_UP) for s in (stored, wanted))
+  known = made_up or ("files" in stored and "files" in wanted)
+  if not (config.source and known):
+    differing.pop("source", None)
+  if differing:
+    found = " and ".join(
+      f"{key} {old}, but data.{key} is {new}"
+      for key, (old, new) in differing.items()
+    )
+    raise ValueError(
+      f"{directory} was prepared with {found}. Change "
+      f"{', '.join(f'data.{key}' for key in differing)}, or prepare another "
+      "directory (launch/prepare.py)."
+    )
 
 
 def load(
@@ -263,35 +235,39 @@ def load(
 
   Raises:
     FileNotFoundError: the directory is not prepared.
-    ValueError: the prepared data has no such split.
+    ValueError: the prepared data has no such split, or is damaged.
   """
-  _require(directory)
-  builder = tfds.builder_from_directory(_data_path(directory))
-  if split not in builder.info.splits:
+  report = _require(directory)
+  with _reading(directory):
+    builder = tfds.builder_from_directory(_data_path(directory))
+    found = list(builder.info.splits)
+  if split not in found:
     raise ValueError(
-      f"{directory} has no split {split!r}; it has "
-      f"{', '.join(builder.info.splits)}."
+      f"{directory} has no split {split!r}; it has {', '.join(found)}."
     )
-  records = builder.as_data_source(split)
-  shape = (len(records), *builder.info.features["image"].shape[:2])
-  image, mask = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
-  rest = []
-  for i in tqdm.trange(
-    len(records), desc=f"load {split}", disable=not progress
-  ):
-    record = records[i]
-    image[i] = record.pop("image")[..., 0]
-    mask[i] = record.pop("mask")[..., 0]
-    rest.append(record)
-  return Cases(
-    name=[r["name"].decode() for r in rest],
-    image=image,
-    mask=mask,
-    points=np.stack([r["points"] for r in rest]),
-    attributes={
-      a: np.array([r[a] for r in rest], np.int32) for a in attributes.ATTRIBUTES
-    },
-  )
+  with _reading(directory):
+    cases = _read_split(builder, split, progress)
+    if report.digests.get(split, _digest(cases)) != _digest(cases):
+      raise ValueError("its cases are not those that were prepared")
+  return cases
+
+
+def digest(directory: str | os.PathLike) -> str:
+  """SHA-256 of the prepared cases: names, pixels, points, attributes, splits.
+
+  It is stored with the data; for data prepared by earlier versions it is
+  computed from all cases.
+
+  Raises: see `load`.
+  """
+  report = _require(directory)
+  digests = report.digests or {
+    split: _digest(load(directory, split, progress=False))
+    for split, groups in report.counts.items()
+    if any(sum(counts.values()) for counts in groups.values())
+  }
+  text = "".join(f"{split} {digests[split]}\n" for split in sorted(digests))
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 class FairSeg(tfds.core.GeneratorBasedBuilder):
@@ -350,14 +326,38 @@ class FairSeg(tfds.core.GeneratorBasedBuilder):
     yield from enumerate(records)
 
 
+def _settings_of(config: Any) -> dict[str, Any]:
+  """The settings that a `config.data` asks for."""
+  made = None
+  if config.source == "phantom":
+    made = [f"{k} {plain(v)}" for k, v in config.phantom.to_dict().items()]
+  return _settings(
+    _MADE_UP + ", ".join(made) if made else config.source,
+    Path(config.source) if config.source and not made else None,
+    size=config.size,
+    num_points=config.num_points,
+    split=config.split,
+    crop=config.crop,
+  )
+
+
 def _settings(
-  source: str,
+  origin: str | os.PathLike,
+  source: Path | None,
+  *,
   size: Sequence[int],
   num_points: int,
   split: str,
   crop: Sequence[int],
 ) -> dict[str, Any]:
-  """Checks the settings and puts them in the form that is stored."""
+  """Checks the settings and puts them in the form that is stored.
+
+  Args:
+    origin: where the patients are from, in words.
+    source: their directory, which is fingerprinted if it is there: file names
+      and sizes, and the split. None if there is none.
+    size: as for `build`, as are num_points, split and crop.
+  """
   sides = [int(side) for side in size]
   if len(sides) != 2 or min(sides) < 8:
     raise ValueError(
@@ -370,22 +370,41 @@ def _settings(
     )
   if num_points < 8:
     raise ValueError(f"num_points must be at least 8, not {num_points}.")
-  if split != "use":
-    path = Path(split)
-    if not path.is_file():
-      raise FileNotFoundError(
-        f"split {split!r} is neither 'use' nor a file that lists the training "
-        "cases, one a line."
-      )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    split = f"{path.name} (sha256 {digest[:12]})"
-  settings = {
-    "source": source,
+  settings = {"source": str(source.resolve() if source else origin)}
+  paths = _npz_files(source) if source else []
+  if paths:
+    listed = (
+      f"{path.name} {path.stat().st_size if path.exists() else 0}"
+      for path in paths
+    )
+    settings["files"] = f"{len(paths)} {splits.fingerprint(listed)}"
+  settings |= {
     "size": sides,
     "num_points": int(num_points),
-    "split": split,
+    "split": splits.describe(split, source),
   }
   return settings | ({"crop": [int(side) for side in crop]} if crop else {})
+
+
+def _differing(
+  stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+  """Settings that are not the same in content, as {key: (stored, wanted)}.
+
+  A moved source is the same if its files are, and so is what nobody knows.
+  """
+  differing = {}
+  for key in stored | wanted:
+    old, new = stored.get(key), wanted.get(key)
+    if key in ("files", "split"):
+      same = None in (old, new) or splits.same(old, new)
+    else:
+      same = old == new
+    if not same:
+      differing[key] = plain(old or "none"), plain(new or "none")
+  if "files" in stored and "files" in wanted and "files" not in differing:
+    differing.pop("source", None)
+  return differing
 
 
 def _data_path(directory: str | os.PathLike) -> Path:
@@ -394,26 +413,100 @@ def _data_path(directory: str | os.PathLike) -> Path:
 
 def _is_prepared(directory: str | os.PathLike) -> bool:
   # TFDS writes to incomplete.XXXXXX_1.0.0 and renames it at the end.
-  return (_data_path(directory) / "dataset_info.json").is_file()
+  return _data_path(directory).exists()
 
 
-def _require(directory: str | os.PathLike) -> Report:
+def _require(directory: str | os.PathLike, source: str = "") -> Report:
   """The report of a prepared directory."""
   if not _is_prepared(directory):
+    source = shlex.quote(source) if source else "NPZ_DIRECTORY"
     raise FileNotFoundError(
-      f"{directory} holds no prepared data. Prepare it with: python "
-      "launch/prepare.py --config CONFIG --config.data.source=NPZ_DIRECTORY "
-      f"--config.data.directory={directory}"
+      f"{directory} holds no prepared data. Prepare it with the same config: "
+      f"python launch/prepare.py --config CONFIG --config.data.source={source} "
+      f"--config.data.directory={shlex.quote(str(directory))}"
     )
+  files.require_plain(directory, "data.directory")
   return _stored_report(directory)
 
 
 def _stored_report(directory: str | os.PathLike) -> Report:
-  info = tfds.builder_from_directory(_data_path(directory)).info
-  report = Report(**dict(info.metadata))
-  return dataclasses.replace(
-    report, set_aside=[tuple(pair) for pair in report.set_aside]
+  with _reading(directory):
+    info = tfds.builder_from_directory(_data_path(directory)).info
+    report = Report(**dict(info.metadata))
+    return dataclasses.replace(
+      report,
+      set_aside=[tuple(pair) for pair in report.set_aside],
+      worst=[tuple(case) for case in report.worst],
+    )
+
+
+@contextlib.contextmanager
+def _reading(directory: str | os.PathLike) -> Iterator[None]:
+  """Whatever the libraries raise about damaged data is one ValueError."""
+  try:
+    yield
+  except Exception as error:
+    what = " ".join(str(error).split())[:200]
+    raise ValueError(
+      f"{directory}: the prepared data is damaged ({type(error).__name__}: "
+      f"{what}); delete {_data_path(directory)} and prepare it again with "
+      "launch/prepare.py"
+    ) from error
+
+
+def _read_split(builder, split: str, progress: bool) -> Cases:
+  records = builder.as_data_source(split)
+  shape = (len(records), *builder.info.features["image"].shape[:2])
+  image, mask = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+  rest = []
+  for i in tqdm.trange(
+    len(records), desc=f"load {split}", disable=not progress
+  ):
+    record = records[i]
+    image[i] = record.pop("image")[..., 0]
+    mask[i] = record.pop("mask")[..., 0]
+    rest.append(record)
+  return Cases(
+    name=[r["name"].decode() for r in rest],
+    image=image,
+    mask=mask,
+    points=np.stack([r["points"] for r in rest]),
+    attributes={
+      a: np.array([r[a] for r in rest], np.int32) for a in attributes.ATTRIBUTES
+    },
   )
+
+
+def _digest(cases: Cases) -> str:
+  """SHA-256 of all that a case is, and of their order."""
+  return _combine(
+    _case_digest(
+      cases.name[i],
+      cases.image[i],
+      cases.mask[i],
+      cases.points[i],
+      {a: column[i] for a, column in cases.attributes.items()},
+    )
+    for i in range(len(cases.name))
+  )
+
+
+def _case_digest(
+  name: str,
+  image: np.ndarray,
+  mask: np.ndarray,
+  points: np.ndarray,
+  codes: Mapping[str, int],
+) -> bytes:
+  values = [int(codes[a]) for a in attributes.ATTRIBUTES]
+  whole = hashlib.sha256(f"{name} {values} {image.shape}".encode())
+  for array in (image, mask, points.astype("<f4", copy=False)):
+    whole.update(np.ascontiguousarray(array))
+  return whole.digest()
+
+
+def _combine(digests: Iterator[bytes]) -> str:
+  return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _reuse(
@@ -423,16 +516,14 @@ def _reuse(
   if not _is_prepared(directory):
     return None
   report = _stored_report(directory)
-  differing = [
-    f"{key} {_plain(old)} (now {_plain(new)})"
-    for key in report.settings | settings
-    for old, new in [[d.get(key, "none") for d in (report.settings, settings)]]
-    if old != new
-  ]
+  differing = _differing(report.settings, settings)
   if differing:
+    listed = ", ".join(
+      f"{key} {old} (now {new})" for key, (old, new) in differing.items()
+    )
     raise FileExistsError(
-      f"{directory} was prepared with {', '.join(differing)}. Name another "
-      "directory with --config.data.directory, or delete this one."
+      f"{directory} was prepared with {listed}. Name another directory with "
+      "--config.data.directory, or delete this one."
     )
   return report
 
@@ -445,12 +536,10 @@ def _build(
   progress: bool,
 ) -> Report:
   """Reads, checks and writes; see `build`."""
-
-  def resize(case: Case) -> dict[str, Any]:
-    return _to_record(case, settings["size"], settings["num_points"])
-
-  records, report = _collect(source, settings, split, resize, progress)
-  if not report.usable:
+  paths = _require_files(source)
+  rows = npz.read_summary(source, required=split == "use")
+  records, report = _collect(paths, settings, split, rows, progress)
+  if not report.usable and report.set_aside:
     file, reason = report.set_aside[0]
     raise ValueError(
       f"{source}: not one of the {len(report.set_aside)} cases can be used. "
@@ -459,8 +548,8 @@ def _build(
   if not records["train"]:
     raise ValueError(
       f"{source}: no usable case is in the training split by {split!r}; "
-      f"{report.usable} are in the test split and {len(report.set_aside)} are "
-      "set aside."
+      f"{report.usable} are in the test split, {len(report.set_aside)} are set "
+      f"aside and {sum(report.left_out.values())} are left out."
     )
   tfds.disable_progress_bar()
   builder = FairSeg(
@@ -479,67 +568,114 @@ def _build(
       )
   except FileExistsError:  # another process was faster
     return _reuse(directory, settings)
+  except RuntimeError as error:  # of a full disk
+    raise OSError(
+      f"{directory}: the prepared data cannot be written ({error}); make room, "
+      "or name another directory with --config.data.directory."
+    ) from error
   return report
 
 
-def _collect(
-  source: Path,
-  settings: dict[str, Any],
-  split: str | None,
-  convert: Callable[[Case], Any],
-  progress: bool,
-) -> tuple[dict[str, list[Any]], Report]:
-  """Reads every npz file of `source`.
+def _npz_files(source: Path) -> list[Path]:
+  """Whatever is called like an npz file, by name; [] for no directory."""
+  if not source.is_dir():
+    return []
+  return sorted(p for p in source.iterdir() if p.suffix.lower() == ".npz")
 
-  Returns:
-    {split: converted cases, in the order of their names} and the report.
-  """
+
+def _require_files(source: Path) -> list[Path]:
+  """The files of a directory that must have some."""
   if not source.is_dir():
     raise FileNotFoundError(f"{source} is not a directory.")
-  paths = sorted(source.glob("*.npz"))
+  paths = _npz_files(source)
   if not paths:
     raise FileNotFoundError(f"{source} holds no .npz files.")
-  rows = read_summary(source, required=split == "use")
-  listed = _read_list(split) if split not in ("use", None) else None
+  return paths
 
-  def split_of(path: Path) -> str:
-    key = case_key(path.name)
+
+class _Found(NamedTuple):
+  """What reading one file has come to.
+
+  Attributes:
+    part: "train", "test" or "all"; a word of `splits.LEFT_OUT` for a case that
+      is left out, of which nothing else is known.
+    case: without its pixels.
+    shape: of its pixels.
+    record: to be written; {} where nothing is.
+    digest: of the record.
+    dice: of disc, cup and rim, see `contours.round_trip`.
+    fault: why the mask would be refused if it were made up, or None.
+    differing: attributes in which the csv contradicts the file.
+    cut: whether the crop cuts the disc.
+  """
+
+  part: str
+  case: Case | None = None
+  shape: tuple[int, ...] = ()
+  record: Mapping[str, Any] = {}
+  digest: bytes = b""
+  dice: tuple[float, float, float] = (0, 0, 0)
+  fault: str | None = None
+  differing: Sequence[str] = ()
+  cut: bool = False
+
+
+def _collect(
+  paths: Sequence[Path],
+  settings: dict[str, Any],
+  split: str | None,
+  rows: Mapping[str, Sequence[Mapping[str, str]]],
+  progress: bool,
+) -> tuple[dict[str, list[Any]], Report]:
+  """Reads every npz file of a directory.
+
+  Args:
+    paths: of the files, by name.
+    settings: crop, size and num_points; without a size nothing is resized,
+      without num_points clouds are whole contours.
+    split: "use", the path of a list, or None for no split.
+    rows: of the csv, by case.
+    progress: show a progress bar.
+
+  Returns:
+    {split: records, in the order of their names} and the report.
+  """
+  source = paths[0].parent
+  present = collections.defaultdict(list)
+  for path in paths:
+    present[case_key(path.name)].append(path.name)
+  listed = None
+  if split not in ("use", None):
+    if not Path(split).is_file():
+      raise FileNotFoundError(
+        f"split {split!r} is neither 'use' nor a file that lists the training "
+        "cases, one a line."
+      )
+    names = {key: found[0] for key, found in present.items()}
+    listed = splits.read_list(split, names, source)
+
+  def part_of(key: str) -> str:
     if split is None:
       return "all"
     if listed is not None:
       return "train" if key in listed else "test"
-    if key not in rows:
-      raise ValueError(
-        f"{path.name}: has no row in {SUMMARY}; add one, or give a list of "
-        "the training cases as the split."
-      )
-    row = rows[key]
-    use = row["use" if "use" in row else "train"].strip()
-    if use.lower() not in SPLITS:
-      raise ValueError(
-        f"{path.name}: its use in {SUMMARY} is {use!r}, neither training nor "
-        "test."
-      )
-    return SPLITS[use.lower()]
+    return splits.part_of(key, rows)
 
-  def read(path: Path):
+  def read(path: Path) -> _Found | str:
+    key = case_key(path.name)
+    row = rows.get(key, ())
     try:
-      part = split_of(path)
-      case = read_case(path)
-      case, differing = _fill(case, rows.get(case_key(path.name), {}), path)
-      seen = _crop(case, settings.get("crop", ()))
-      cut = np.count_nonzero(seen.mask) < np.count_nonzero(case.mask)
-      return part, convert(seen), case.image.shape, case[2:], differing, cut
-    except ValueError as error:
-      return str(error).removeprefix(f"{path.name}: ")
+      _require_one(path, present[key], row)
+      part = part_of(key)
+      if part in splits.LEFT_OUT:
+        return _Found(part)
+      case, differing = _fill(npz.read_case(path), *row)
+      found = _examine(case, path.stem, settings)
+      return found._replace(part=part, differing=differing)
+    except (ValueError, OSError) as error:
+      return str(error).removeprefix(f"{path}: ")
 
-  parts = ("all",) if split is None else ("train", "test")
-  records = {part: [] for part in parts}
-  groups = {
-    part: collections.defaultdict(collections.Counter) for part in parts
-  }
-  dialects, sizes = collections.Counter(), collections.Counter()
-  conflicts, set_aside, cut = collections.Counter(), [], []
+  used, left_out, set_aside = {}, collections.Counter(), []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     results = tqdm.tqdm(
       pool.map(read, paths),
@@ -548,47 +684,158 @@ def _collect(
       disable=not progress,
     )
     for path, result in zip(paths, results, strict=True):
+      name = path.name.encode(errors="backslashreplace").decode()
       if isinstance(result, str):
-        set_aside.append((path.name, result))
-        continue
-      part, record, shape, (codes, dialect), differing, is_cut = result
-      records[part].append(record and record | {"name": path.stem})
-      dialects[dialect] += 1
-      sizes[_plain(shape)] += 1
-      conflicts.update(differing)
-      if is_cut:
-        cut.append(path.name)
-      for attribute in attributes.ATTRIBUTES:
-        groups[part][attribute][codes[attribute]] += 1
+        set_aside.append((name, result))
+      elif result.part in splits.LEFT_OUT:
+        left_out[result.part] += 1
+      else:
+        used[name] = result
 
-  present = {case_key(path.name) for path in paths}
-  notes = [
-    f"{len(names - present)} of {len(names)} names in {where} have no file."
-    for where, names in ((SUMMARY, set(rows)), (split, listed or set()))
-    if names - present
-  ] + [
+  parts = ("all",) if split is None else ("train", "test")
+  by_part = {p: [f for f in used.values() if f.part == p] for p in parts}
+  dice = np.reshape([f.dice for f in used.values()], (-1, len(STRUCTURES)))
+  worst = [name for name in used if min(used[name].dice) < 1]
+  worst = sorted(worst, key=lambda name: min(used[name].dice))[:_WORST]
+  report = Report(
+    settings=settings,
+    dialects=_counted(f.case.dialect for f in used.values()),
+    sizes=_counted(plain(f.shape) for f in used.values()),
+    counts={part: _groups(found) for part, found in by_part.items()},
+    set_aside=set_aside,
+    notes=_notes(used, rows, present),
+    left_out=dict(left_out),
+    round_trip={
+      structure: {"mean": float(column.mean()), "least": float(column.min())}
+      for structure, column in zip(STRUCTURES, dice.T, strict=True)
+      if used
+    },
+    worst=[(name, *used[name].dice) for name in worst],
+    digests={
+      part: _combine(f.digest for f in found)
+      for part, found in by_part.items()
+      if found and "size" in settings
+    },
+  )
+  return {p: [f.record for f in found] for p, found in by_part.items()}, report
+
+
+def _require_one(
+  path: Path, twins: Sequence[str], rows: Sequence[Mapping[str, str]]
+) -> None:
+  """Raises ValueError unless a path is a file, and a case of its own."""
+  if path.name.startswith(files.LEFTOVER):
+    raise ValueError("was left half written when its writer ended; delete it.")
+  try:
+    path.name.encode()
+  except UnicodeEncodeError:
+    raise ValueError("its name is not UTF-8 text; rename it.") from None
+  if not path.is_file():
+    link = (
+      f"a link to {os.readlink(path)}, which is" if path.is_symlink() else ""
+    )
+    raise ValueError(f"is {link or 'not a file and'} not there; restore it.")
+  if path.suffix != ".npz":
+    raise ValueError(f"ends in {path.suffix}; rename it to end in .npz.")
+  if len(twins) > 1:
+    raise ValueError(f"{named(twins)} are one case by their names; keep one.")
+  if len(rows) > 1:
+    spelled = named([row["filename"] for row in rows])
+    raise ValueError(
+      f"has {len(rows)} rows in {SUMMARY} ({spelled}); keep one."
+    )
+
+
+def _examine(case: Case, name: str, settings: Mapping[str, Any]) -> _Found:
+  """Crops, samples and resizes a case; without a size it is not resized."""
+  shape, whole = case.image.shape, np.count_nonzero(case.mask)
+  case = _crop(case, settings.get("crop", ()))
+  mask = case.mask
+  points = contours.mask_to_points(mask, settings.get("num_points"))
+  dice = contours.round_trip(mask, points)
+  fault = contours.round_trip_fault(mask, points, dice)
+  if fault:
+    raise ValueError(fault)
+  record, digest = {}, b""
+  cut = np.count_nonzero(mask) < whole
+  if "size" in settings:
+    size = settings["size"]
+    points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
+    image, mask = _resize(case.image, size), _resize_mask(mask, size)
+    digest = _case_digest(name, image, mask, points, case.attributes)
+    pixels = {"image": _png(image), "mask": _png(mask)}
+    record = {"name": name, **pixels, "points": points, **case.attributes}
+  return _Found(
+    part="",
+    case=case._replace(image=None, mask=None),
+    shape=shape,
+    record=record,
+    digest=digest,
+    dice=dice,
+    fault=mask_fault(mask, min_solidity=MIN_SOLIDITY),
+    cut=cut,
+  )
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+  return dict(collections.Counter(values))
+
+
+def _groups(found: Sequence[_Found]) -> dict[str, dict[str, int]]:
+  """Cases by attribute and name of the group."""
+  counts = {}
+  for attribute, names in attributes.ATTRIBUTES.items():
+    by_code = collections.Counter(f.case.attributes[attribute] for f in found)
+    counts[attribute] = {
+      attributes.group_name(attribute, code): by_code[code]
+      for code in (*range(len(names)), attributes.UNKNOWN)
+    }
+  return counts
+
+
+def _notes(
+  used: Mapping[str, _Found],
+  rows: Mapping[str, Any],
+  present: Mapping[str, Any],
+) -> list[str]:
+  """What is worth saying about cases that are used, one sentence each."""
+  notes = []
+  lost = len(rows.keys() - present.keys())
+  if lost:
+    notes.append(f"{lost} of {len(rows)} names in {SUMMARY} have no file.")
+  differing = collections.Counter(a for f in used.values() for a in f.differing)
+  notes += [
     f"{attribute}: {SUMMARY} differs from the npz in {n} cases; npz kept."
-    for attribute, n in conflicts.items()
+    for attribute, n in differing.items()
   ]
+  unread = collections.defaultdict(collections.Counter)
+  for found in used.values():
+    for attribute, value in found.case.unread:
+      unread[attribute][value] += 1
+  for attribute, counts in unread.items():
+    listed = [
+      f"{value[:_LONGEST]!r} in {n} cases" for value, n in counts.most_common()
+    ]
+    notes.append(
+      f"{attribute}: {named(listed)} cannot be read and count as unknown; "
+      f"{attributes.accepted(attribute)}."
+    )
+  cut = [name for name, found in used.items() if found.cut]
   if cut:
     notes.append(
       f"The crop cuts the disc of {len(cut)} cases, which are kept: "
-      f"{', '.join(cut[:SHOWN])}{', ...' * (len(cut) > SHOWN)}."
+      f"{named(cut)}."
     )
-  counts = {
-    part: {
-      attribute: {
-        attributes.group_name(attribute, code): by_code[attribute][code]
-        for code in (*range(len(names)), attributes.UNKNOWN)
-      }
-      for attribute, names in attributes.ATTRIBUTES.items()
-    }
-    for part, by_code in groups.items()
-  }
-  report = Report(
-    settings, dict(dialects), dict(sizes), counts, set_aside, notes
-  )
-  return records, report
+  unsound = collections.defaultdict(list)
+  for name, found in used.items():
+    if found.fault:
+      unsound[found.fault].append(name)
+  notes += [
+    f"{len(names)} masks would be refused as {fault!r} if they were made up "
+    f"(bank.min_solidity={MIN_SOLIDITY}), and are kept: {named(names)}."
+    for fault, names in unsound.items()
+  ]
+  return notes
 
 
 def _crop(case: Case, crop: Sequence[int]) -> Case:
@@ -598,32 +845,17 @@ def _crop(case: Case, crop: Sequence[int]) -> Case:
   shape = case.image.shape
   if any(new > old for new, old in zip(crop, shape, strict=True)):
     raise ValueError(
-      f"the image ({_plain(shape)}) is smaller than the crop {_plain(crop)}; "
+      f"the image ({plain(shape)}) is smaller than the crop {plain(crop)}; "
       "choose a smaller crop."
     )
   starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
   centre = tuple(slice(i, i + n) for i, n in zip(starts, crop, strict=True))
   if not (case.mask[centre] == 2).any():
     raise ValueError(
-      f"the crop {_plain(crop)} of {_plain(shape)} shows no cup; choose a "
+      f"the crop {plain(crop)} of {plain(shape)} shows no cup; choose a "
       "larger crop."
     )
   return case._replace(image=case.image[centre], mask=case.mask[centre])
-
-
-def _to_record(
-  case: Case, size: Sequence[int], num_points: int
-) -> dict[str, Any]:
-  """Brings a case to its prepared size and encodes it."""
-  points = contours.mask_to_points(case.mask, num_points).astype(np.float32)
-  scale = np.divide(size, case.mask.shape)
-  points[:, :2] = (points[:, :2] + 0.5) * scale - 0.5
-  return {
-    "image": _png(_resize(case.image, size)),
-    "mask": _png(_resize_mask(case.mask, size)),
-    "points": points,
-    **case.attributes,
-  }
 
 
 def _resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -640,8 +872,8 @@ def _resize_mask(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
   cup = disc & (_resize((mask == 2).astype(np.float32), size) > 0.5)
   if not cup.any():
     raise ValueError(
-      f"the cup ({int((mask == 2).sum())} pixels of {_plain(mask.shape)}) is "
-      f"lost at {_plain(size)}; choose a larger size."
+      f"the cup ({int((mask == 2).sum())} pixels of {plain(mask.shape)}) is "
+      f"lost at {plain(size)}; choose a larger size."
     )
   return disc.astype(np.uint8) + cup
 
@@ -651,44 +883,22 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _fill(
-  case: Case, row: Mapping[str, str], path: Path
+  case: Case, row: Mapping[str, str] | None = None
 ) -> tuple[Case, list[str]]:
   """Fills unknown attributes from a row of the csv.
 
   Returns:
     The case, and the attributes in which a known value of the csv differs.
   """
-  codes, differing = dict(case.attributes), []
-  for attribute in attributes.ATTRIBUTES:
+  codes, unread, differing = dict(case.attributes), list(case.unread), []
+  for attribute in attributes.KEYS if row else ():
     word = row.get(attribute, "")
+    code, known = npz.parse(attribute, word)
     if codes[attribute] == attributes.UNKNOWN:
-      codes[attribute] = attributes.parse_attribute(
-        attribute, word, file=f"{path.name}: in {SUMMARY}"
-      )
-      continue
-    try:
-      code = attributes.parse_attribute(attribute, word)
-    except ValueError:
-      continue
-    if code not in (attributes.UNKNOWN, codes[attribute]):
-      differing.append(attribute)
-  if codes["age"] == attributes.UNKNOWN:
-    codes["age"] = attributes.parse_age(
-      row.get("age", ""), file=f"{path.name}: in {SUMMARY}"
-    )
-  return case._replace(attributes=codes), differing
-
-
-def _read_list(path: str | os.PathLike) -> set[str]:
-  lines = Path(path).read_text(encoding="utf-8").splitlines()
-  return {case_key(line) for line in lines if line.strip()}
-
-
-def _plain(value: Any) -> str:
-  if isinstance(value, list | tuple):
-    return " x ".join(str(v) for v in value)
-  return str(value)
-
-
-def _tally(counts: Mapping[str, int]) -> str:
-  return ", ".join(f"{name}: {n}" for name, n in counts.items()) or "none"
+      codes[attribute] = code
+      if not known:
+        unread.append((attribute, word))
+    elif code not in (attributes.UNKNOWN, codes[attribute]):
+      differing += [attribute] * (attribute in attributes.ATTRIBUTES)
+  unread = [pair for pair in unread if codes[pair[0]] == attributes.UNKNOWN]
+  return case._replace(attributes=codes, unread=tuple(unread)), differing

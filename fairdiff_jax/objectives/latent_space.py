@@ -1,11 +1,12 @@
 """Diffusion of an autoencoder's latents: ControlNet on Stable Diffusion.
 
-    x_0 = 0.18215 z,    z ~ N(mean(image), exp(logvar(image)))
+    x_0 = s z,    z ~ N(mean(image), exp(logvar(image)))
 
-The mask steers the U-Net through the ControlNet, whose hint is never left out.
-What guidance amplifies is the prompt: prompts are constants, one for all groups
-or one for each, as the text encoder's tokens, and where the condition is
-dropped the negative prompt stands. Autoencoder and prompts never change.
+s is the autoencoder's scaling factor, which is read with its weights. The mask
+steers the U-Net through the ControlNet, whose hint is never left out. What
+guidance amplifies is the prompt: prompts are constants, one for all groups or
+one for each, as the text encoder's tokens, and where the condition is dropped
+the negative prompt stands. Autoencoder and prompts never change.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairdiff_jax import files
 from fairdiff_jax.diffusion.samplers import example_normal
 from fairdiff_jax.models.autoencoder import AutoencoderKL
 from fairdiff_jax.models.stable_diffusion import (
@@ -25,9 +27,31 @@ from fairdiff_jax.objectives.image_space import Space, hint_image
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.pretrained import graft, stable_diffusion
 
-SCALE = 0.18215  # of the latents, to about unit variance (Rombach et al. 2022)
 TOKENS = 77
 DECODED_AT_ONCE = 4
+
+# Where the config has the sizes of each network's module.
+_FIELDS = {
+  "unet": {
+    name: f"image.stable_diffusion.{name}"
+    for name in (
+      "block_out_channels",
+      "layers_per_block",
+      "attention_head_dim",
+      "cross_attention_dim",
+      "norm_num_groups",
+    )
+  },
+  "autoencoder": {
+    "latent_channels": "image.stable_diffusion.latent_channels",
+    "block_out_channels": "image.stable_diffusion.autoencoder_channels",
+    "layers_per_block": "image.stable_diffusion.autoencoder_layers",
+    "norm_num_groups": "image.stable_diffusion.norm_num_groups",
+  },
+}
+_FIELDS["controlnet"] = _FIELDS["unet"] | {
+  "conditioning_embedding_out_channels": "image.stable_diffusion.hint_channels"
+}
 
 # Which of the U-Net's top-level parameters learn, by `config.unet`.
 LEARNT = {
@@ -52,32 +76,53 @@ def load_autoencoder(config) -> tuple[AutoencoderKL, Any]:
   """The autoencoder in `config.weights` alone, and its parameters.
 
   Raises:
-    ValueError: no weights are named, or they are of other sizes than
-      `config.stable_diffusion` has.
+    FileNotFoundError: there are no such weights.
+    ValueError: no weights are named; they are damaged; or they are of other
+      sizes than `config.stable_diffusion` has, or trained otherwise than
+      `config` says.
   """
   if not config.weights:
     raise ValueError(
       "image.weights is empty; name the directory of Stable Diffusion's weights"
     )
+  require_schedule(config)
   folder = Path(config.weights) / stable_diffusion.KINDS["autoencoder"].folder
-  module, variables = stable_diffusion.load(folder)["autoencoder"]
-  image = jax.ShapeDtypeStruct(
-    (1, *(2 * [downsampling(config)]), 3), jnp.float32
-  )
-  expected = jax.eval_shape(
-    make_autoencoder(config).init, jax.random.key(0), image
-  )
-  _require_sizes(folder, variables, expected)
+  networks = stable_diffusion.load(folder)
+  _require_sizes(config, networks, {"autoencoder": make_autoencoder(config)})
+  module, variables = networks["autoencoder"]
   return module, variables["params"]
 
 
-def _require_sizes(directory, found, expected):
-  try:
-    graft.require_shapes(found, expected)
-  except ValueError as error:
-    raise ValueError(
-      f"{directory} does not fit image.stable_diffusion: {error}"
-    ) from error
+def require_schedule(config) -> None:
+  """Raises ValueError unless `config.weights` were trained as `config` says."""
+  directory = config.weights
+  found = stable_diffusion.read_schedule(directory)
+  path = files.find(directory) / stable_diffusion.SCHEDULER
+  what = f"{path} does not fit the config"
+  remedy = "change that file if the networks shall learn otherwise"
+  if not path.exists():
+    what = (
+      f"{directory} has no {stable_diffusion.SCHEDULER}, so its networks are"
+      " taken for trained as Stable Diffusion 1.5's, which does not fit the"
+      " config"
+    )
+    remedy = "put there what belongs to the networks"
+  fields = {name: f"image.{name}" for name in found}
+  graft.require_sizes(what, found, config, fields, remedy)
+
+
+def _require_sizes(config, networks, modules):
+  """Refuses networks that are other modules than those of the config."""
+  for name, module in modules.items():
+    found = stable_diffusion.sizes_of(networks[name][0])
+    found.pop("scaling_factor", None)  # which is used as it is
+    folder = Path(config.weights) / stable_diffusion.KINDS[name].folder
+    graft.require_sizes(
+      f"{folder} does not fit image.stable_diffusion",
+      found,
+      stable_diffusion.sizes_of(module),
+      _FIELDS[name],
+    )
 
 
 def downsampling(config) -> int:
@@ -111,6 +156,31 @@ def encode_image(
   )
 
 
+def _read_prompts(directory, num_groups):
+  """Tokens of the prompts, 'positive' [G + 1, 77, D], 'negative' [77, D]."""
+  path = directory / stable_diffusion.PROMPTS
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path} does not exist; python launch/import_weights.py makes it"
+    )
+  source = graft.Source(graft.read(path))
+  with graft.naming(path):
+    prompts = {
+      "positive": source.take("positive", 3),
+      "negative": source.take("negative", 2),
+    }
+    source.finish()
+  positive, wanted = prompts["positive"], num_groups + 1
+  if len(positive) not in (1, wanted):
+    raise ValueError(
+      f"{path} has {len(positive)} prompts, not 1 for all or {wanted}: one for"
+      f" each of the {num_groups} groups and one for unknown groups"
+    )
+  if len(positive) == 1:
+    prompts["positive"] = np.repeat(positive, wanted, axis=0)
+  return prompts
+
+
 def latent_space(config, num_groups: int) -> Space:
   """Stable Diffusion's U-Net with a ControlNet.
 
@@ -123,9 +193,10 @@ def latent_space(config, num_groups: int) -> Space:
     num_groups: G.
 
   Returns:
-    A space whose frozen variables are {'autoencoder', 'prompts', 'unet'}; the
-    last holds what of the U-Net does not learn. A batch holds 'latent'
-    [B, h, w, 2 C], the posterior's mean and log-variance, or else 'image'.
+    A space whose frozen variables are {'autoencoder', 'prompts',
+    'scaling_factor' (float32, of the latents), 'unet'}; the last holds what of
+    the U-Net does not learn. A batch holds 'latent' [B, h, w, 2 C], the
+    posterior's mean and log-variance, or else 'image'.
 
   Raises:
     ValueError: if `unet` is unknown.
@@ -155,13 +226,20 @@ def latent_space(config, num_groups: int) -> Space:
   def learns(name):
     return name.startswith(LEARNT[config.unet])
 
-  def assemble(unet_params, controlnet_params, autoencoder_params, prompts):
+  def assemble(
+    unet_params, controlnet_params, autoencoder_params, prompts, scaling_factor
+  ):
     learnt = {k: v for k, v in unet_params.items() if learns(k)}
     kept = {k: v for k, v in unet_params.items() if not learns(k)}
     return Variables(
       {"unet": learnt, "controlnet": controlnet_params},
       {},
-      {"autoencoder": autoencoder_params, "prompts": prompts, "unet": kept},
+      {
+        "autoencoder": autoencoder_params,
+        "prompts": prompts,
+        "scaling_factor": scaling_factor,
+        "unet": kept,
+      },
     )
 
   def init(key):
@@ -179,32 +257,33 @@ def latent_space(config, num_groups: int) -> Space:
         "positive": jnp.zeros((num_groups + 1, *tokens.shape)),
         "negative": tokens,
       },
+      jnp.float32(autoencoder.scaling_factor),
     )
 
   def load():
-    directory = Path(config.weights)
+    require_schedule(config)
+    directory = files.find(config.weights)
+    prompts = _read_prompts(directory, num_groups)
     networks = stable_diffusion.load(directory)
-    missing = {"unet", "controlnet", "autoencoder"} - networks.keys()
+    modules = {
+      "unet": unet,
+      "controlnet": controlnet,
+      "autoencoder": autoencoder,
+    }
+    missing = modules.keys() - networks.keys()
     if missing:
-      raise ValueError(f"{directory} lacks {', '.join(sorted(missing))}")
-    prompts = graft.read(directory / stable_diffusion.PROMPTS)
-    positive, wanted = prompts["positive"], num_groups + 1
-    if len(positive) not in (1, wanted):
       raise ValueError(
-        f"{directory / stable_diffusion.PROMPTS} has {len(positive)} prompts,"
-        f" not 1 for all or {wanted}: one for each of the {num_groups} groups"
-        " and one for unknown groups"
+        f"{directory} lacks {', '.join(sorted(missing))}; python"
+        " launch/import_weights.py makes a directory that has all"
       )
-    if len(positive) == 1:
-      prompts["positive"] = np.repeat(positive, wanted, axis=0)
+    _require_sizes(config, networks, modules)
     found = assemble(
-      *(
-        networks[name][1]["params"]
-        for name in ("unet", "controlnet", "autoencoder")
-      ),
+      *(networks[name][1]["params"] for name in modules),
       prompts,
+      np.float32(networks["autoencoder"][0].scaling_factor),
     )
-    _require_sizes(directory, found, jax.eval_shape(init, jax.random.key(0)))
+    with graft.naming(f"{directory} does not fit image.stable_diffusion"):
+      graft.require_shapes(found, jax.eval_shape(init, jax.random.key(0)))
     return found
 
   def encode(variables, batch, keys):
@@ -218,7 +297,8 @@ def latent_space(config, num_groups: int) -> Space:
     # Other noise than the diffusion's, from the same keys.
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
     noise = example_normal(keys, mean.shape[1:])
-    return SCALE * (mean + jnp.exp(logvar / 2) * noise)
+    scale = variables.frozen["scaling_factor"]
+    return scale * (mean + jnp.exp(logvar / 2) * noise)
 
   def condition(variables, mask, group, kept):
     prompts = variables.frozen["prompts"]
@@ -246,11 +326,12 @@ def latent_space(config, num_groups: int) -> Space:
 
   def decode(variables, x_0, mask, group):
     del mask, group
+    scale = variables.frozen["scaling_factor"]
 
     def one(latent):
       rgb = autoencoder.apply(
         {"params": variables.frozen["autoencoder"]},
-        latent[None] / SCALE,
+        latent[None] / scale,
         method="decode",
       )
       return jnp.mean(rgb[0], axis=-1, keepdims=True)

@@ -9,6 +9,8 @@ loss per case and so no risk per group. Where a network's logits are coarser
 than the image, labels are taken at their resolution.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from fairdiff_jax.fairness.regularizers import DiceTerms
 from fairdiff_jax.models import samed
 from fairdiff_jax.models.small_unet import SmallUNet
-from fairdiff_jax.models.transunet import TransUNet
+from fairdiff_jax.models.transunet import PATCH, TransUNet
 from fairdiff_jax.objectives.task import Task, Variables
 from fairdiff_jax.pretrained import fairdiff, graft, segment_anything, vit
 
@@ -111,12 +113,18 @@ def _samed(config, axis_name) -> Network:
     return logits, features, {}
 
   def load():
-    _, variables = segment_anything.load(
+    found, variables = segment_anything.load(
       config.weights,
       image_size=config.image_size,
       num_classes=NUM_CLASSES - 1,
       rank=module.rank,
     )
+    size = vit.describe(found.embed_dim, found.depth)
+    names = set(config.samed)
+    if len(found.global_blocks) == found.depth:
+      # Tables as large as the grid do not tell windows from none.
+      names -= {"window", "global_blocks"}
+    _require_sizes(config, size, found, module, names)
     return assemble(variables)
 
   return Network(init, apply, module.decoder_dim, load)
@@ -146,13 +154,28 @@ def _transunet(config, axis_name) -> Network:
 
   def load():
     if config.weights.endswith(".npz"):
-      _, variables = vit.load(
-        config.weights, image_size=config.image_size, num_classes=NUM_CLASSES
+      found, variables = vit.load(
+        config.weights,
+        image_size=config.image_size,
+        num_classes=NUM_CLASSES,
+        decoder_channels=module.decoder_channels,
       )
     else:
-      _, variables = fairdiff.load_transunet(
-        graft.read(config.weights), num_heads=module.num_heads
-      )
+      arrays = graft.read(config.weights)
+      with graft.naming(config.weights):
+        found, variables = fairdiff.load_transunet(arrays, module.num_heads)
+    size = vit.describe(found.hidden_dim, found.num_layers)
+    names = set(config.transunet) - {"dropout_rate"}
+    if not found.stages:
+      names -= {"width"}
+    _require_sizes(config, size, found, module, names)
+    grid = variables["params"]["encoder"]["position_embedding"].shape[1]
+    graft.require_sizes(
+      f"{config.weights} does not fit segmenter.transunet",
+      {"image_size": PATCH * math.isqrt(grid)},
+      config,
+      {"image_size": "segmenter.image_size"},
+    )
     return Variables(variables["params"], variables["batch_stats"], {})
 
   return Network(init, apply, module.hidden_dim, load)
@@ -180,11 +203,32 @@ def _check_size(image, config):
   return image
 
 
+def _require_sizes(config, size, found, module, fields):
+  """Refuses weights of another module than the config's.
+
+  Args:
+    config: `network` and `weights`.
+    size: what the weights are, in words.
+    found: the weights' module.
+    module: the config's.
+    fields: of the config, which set the module's attributes of these names.
+  """
+  names = [f.name for f in dataclasses.fields(found)]
+  names = [name for name in names if name in {"num_classes", *fields}]
+  graft.require_sizes(
+    f"{config.weights} does not fit segmenter.{config.network}: it is {size}",
+    {name: getattr(found, name) for name in names},
+    {name: getattr(module, name) for name in names},
+    {name: f"segmenter.{config.network}.{name}" for name in fields},
+  )
+
+
 def make_network(config, axis_name: str | None = None) -> Network:
   """The network that `config.network` names.
 
   Raises:
-    ValueError: if it is unknown, or its weights do not fit its sizes.
+    ValueError: if it is unknown; its `load`, if the weights are damaged or do
+      not fit its sizes.
   """
   if config.network not in _NETWORKS:
     raise ValueError(

@@ -117,7 +117,7 @@ def _transunet_encoder(source, num_heads):
   embeddings, encoder = "transformer.embeddings", "transformer.encoder"
   params = {
     "patch_embedding": _conv(source, f"{embeddings}.patch_embeddings"),
-    "position_embedding": source.take(f"{embeddings}.position_embeddings"),
+    "position_embedding": source.take(f"{embeddings}.position_embeddings", 3),
     "norm": _affine(source, f"{encoder}.encoder_norm"),
   }
   layer = encoder + ".layer.{}"
@@ -208,7 +208,7 @@ def _conv(source, name):
 
 
 def _kernel(source, name):
-  return {"kernel": graft.conv(source.take(f"{name}.weight"))}
+  return {"kernel": graft.conv(source.take(f"{name}.weight", 4))}
 
 
 def _posterior(source):
@@ -248,8 +248,8 @@ def _gated(source, name):
 
 def _dense(source, name):
   weight = _weight(source, f"{name}.weight")
-  if weight.ndim == 3:  # A convolution over points, of size 1.
-    weight = weight.squeeze(2)
+  if weight.shape[2:] == (1,):  # A convolution over points, of size 1.
+    weight = weight[..., 0]
   return {"kernel": graft.dense(weight), "bias": source.take(f"{name}.bias")}
 
 

@@ -48,8 +48,7 @@ def load(
   those whose shapes agree, in place of the checkpoint's.
 
   Args:
-    path: .safetensors, or PyTorch's .pth, which needs PyTorch and is read
-      without running code that the file might contain.
+    path: as `graft.read` takes it.
     image_size: in pixels, a multiple of 16.
     num_classes: besides the background.
     rank: of the low-rank changes, which start as the identity.
@@ -59,8 +58,9 @@ def load(
     The module and its variables, {'params', 'constants'}, in float32.
 
   Raises:
-    ValueError: a tensor is missing, left over or of an unexpected shape, or the
-      image size is no multiple of 16.
+    FileNotFoundError: no such file.
+    ValueError: the file is damaged; a tensor is missing, left over or of an
+      unexpected shape; or the image size is no multiple of 16.
     ImportError: the file is PyTorch's, and PyTorch is not installed.
   """
   if image_size % sam.PATCH:
@@ -68,12 +68,13 @@ def load(
       f"image_size must be a multiple of {sam.PATCH}, got {image_size}"
     )
   source = graft.Source(graft.read(path))
-  original = SAMed(rank=rank, **_sizes(source))
-  expected = _shapes(original)
-  expected["params"].pop("lora")
-  variables = read_variables(source, expected)
-  source.finish()
-  graft.require_shapes(variables, expected)
+  with graft.naming(path):
+    original = SAMed(rank=rank, **_sizes(source))
+    expected = _shapes(original)
+    expected["params"].pop("lora")
+    variables = read_variables(source, expected)
+    source.finish()
+    graft.require_shapes(variables, expected)
 
   module = original.copy(num_classes=num_classes, image_size=image_size)
   grid = image_size // sam.PATCH
@@ -160,7 +161,7 @@ def _select(variables, patterns):
 def _to_jax(path, array):
   if not path.endswith("/kernel"):
     return array
-  if "output_upscaling" in path:
+  if "output_upscaling" in path and array.ndim == 4:
     # A transposed convolution, [in, out, H, W], which Flax does not flip.
     return array.transpose(2, 3, 0, 1)[::-1, ::-1]
   return graft.conv(array) if array.ndim == 4 else graft.dense(array)
@@ -176,29 +177,29 @@ def _to_torch(path, array):
 
 def _sizes(source):
   """Attributes of the module that the tensors' shapes tell."""
-  position = source.take("image_encoder.pos_embed")
+  position = source.take("image_encoder.pos_embed", 4)
   grid, embed_dim = position.shape[1], position.shape[-1]
   depth = _count(source, r"image_encoder\.blocks\.(\d+)\..*")
   tables = [
-    source.take(f"image_encoder.blocks.{i}.attn.rel_pos_h")
+    source.take(f"image_encoder.blocks.{i}.attn.rel_pos_h", 2)
     for i in range(depth)
   ]
   sides = [(len(table) + 1) // 2 for table in tables]
   windows = [side for side in sides if side != grid]
   return {
-    "num_classes": len(source.take("mask_decoder.mask_tokens.weight")) - 1,
+    "num_classes": len(source.take("mask_decoder.mask_tokens.weight", 2)) - 1,
     "image_size": grid * sam.PATCH,
     "embed_dim": embed_dim,
     "depth": depth,
     "num_heads": embed_dim // tables[0].shape[1],
     "global_blocks": tuple(i for i, side in enumerate(sides) if side == grid),
     "window": windows[0] if windows else grid,
-    "decoder_dim": len(source.take("image_encoder.neck.0.weight")),
+    "decoder_dim": len(source.take("image_encoder.neck.0.weight", 4)),
     "decoder_depth": _count(
       source, r"mask_decoder\.transformer\.layers\.(\d+)\..*"
     ),
     "decoder_mlp_dim": len(
-      source.take("mask_decoder.transformer.layers.0.mlp.lin1.bias")
+      source.take("mask_decoder.transformer.layers.0.mlp.lin1.bias", 1)
     ),
   }
 

@@ -13,6 +13,7 @@ every network, both ways.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from fairdiff_jax import files
 from fairdiff_jax.models.autoencoder import AutoencoderKL
 from fairdiff_jax.models.stable_diffusion import (
   StableDiffusionControlNet,
@@ -43,6 +45,35 @@ UNET_ONLY = ("up_blocks_", "conv_norm_out", "conv_out")
 CONTROLNET_ONLY = "controlnet_"
 
 PROMPTS = "prompts.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+# How Stable Diffusion 1.5 was trained, as a run's config says it.
+SCHEDULE = {
+  "prediction": "eps",
+  "schedule": "scaled_linear",
+  "num_steps": 1000,
+  "beta_start": 0.00085,
+  "beta_end": 0.012,
+}
+# What diffusers calls these.
+_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_SCHEDULES = {
+  "linear": "linear",
+  "scaled_linear": "scaled_linear",
+  "squaredcos_cap_v2": "cosine",
+}
+# What no run here can do otherwise. All else that a scheduler's configuration
+# says is of one sampler, and a run's config names its own.
+_SCHEDULER_REQUIRED = {
+  "trained_betas": None,
+  "rescale_betas_zero_snr": False,
+  "clip_sample": False,
+  "thresholding": False,
+  "timestep_type": "discrete",
+  "use_flow_sigmas": False,
+}
+
+AGAIN = "copy or download it again"
 
 # Files that hold a network's tensors, besides their indices.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -258,7 +289,12 @@ def load(directory: str | Path) -> dict[str, Network]:
     ValueError: a network's configuration is not supported; or a tensor is
       missing, left over or of an unexpected shape.
   """
-  directory = Path(directory)
+  directory = files.find(directory)
+  if not directory.is_dir():
+    raise ValueError(
+      f"{directory} is a file, not a folder as diffusers writes it; python"
+      " launch/import_weights.py makes one of it"
+    )
   if (directory / "config.json").is_file():
     config = _read_config(directory)
     for name, kind in KINDS.items():
@@ -281,9 +317,55 @@ def load(directory: str | Path) -> dict[str, Network]:
   if not networks:
     folders = ", ".join(f"{kind.folder}/" for kind in KINDS.values())
     raise FileNotFoundError(
-      f"{directory} has neither a config.json nor any of {folders}"
+      f"{directory} has neither a config.json nor any of {folders}; name a"
+      " folder as diffusers writes it"
     )
   return networks
+
+
+def read_schedule(directory: str | Path) -> dict[str, Any]:
+  """How a pipeline's networks were trained, as a run's config says it.
+
+  Args:
+    directory: a pipeline's folder; without scheduler/ it is taken for one of
+      Stable Diffusion 1.5.
+
+  Returns:
+    Fields of `config.image` as in `SCHEDULE`, 'beta_start' and 'beta_end' only
+    where the schedule has them.
+
+  Raises:
+    ValueError: the file is damaged, or says what is not supported.
+  """
+  path = files.find(directory) / SCHEDULER
+  if not path.exists():
+    return dict(SCHEDULE)
+  config = files.read_json(files.require_whole(path), AGAIN)
+
+  def refuse(field, remedy):
+    value = config.get(field)
+    return ValueError(f"{path}: {field} = {value!r} is not supported; {remedy}")
+
+  for field, needed in _SCHEDULER_REQUIRED.items():
+    if config.get(field, needed) != needed:
+      raise refuse(field, f"set {needed!r} if the networks can do with that")
+  found = {}
+  for ours, theirs, names, default in (
+    ("prediction", "prediction_type", _PREDICTIONS, "epsilon"),
+    ("schedule", "beta_schedule", _SCHEDULES, None),
+  ):
+    name = config.get(theirs, default)
+    if not isinstance(name, str) or name not in names:
+      raise refuse(theirs, f"networks of {', '.join(names)} are")
+    found[ours] = names[name]
+  numbers = {"num_steps": "num_train_timesteps"}
+  if found["schedule"] != "cosine":
+    numbers |= {"beta_start": "beta_start", "beta_end": "beta_end"}
+  for ours, theirs in numbers.items():
+    found[ours] = config.get(theirs)
+    if not _is_like(found[ours], SCHEDULE[ours]):
+      raise refuse(theirs, "it must be a number above 0")
+  return found
 
 
 def save(
@@ -316,7 +398,8 @@ def save(
       raise FileExistsError(f"{folder} exists; it is not overwritten")
     graft.require_shapes(variables, _expected(KINDS[name], module))
   for name, (module, variables) in given.items():
-    _save_network(KINDS[name], Path(directory), module, variables)
+    with files.new_directory(Path(directory) / KINDS[name].folder) as folder:
+      _save_network(KINDS[name], folder, module, variables)
 
 
 def controlnet_from_unet(
@@ -360,7 +443,7 @@ def controlnet_from_unet(
 def new_controlnet(unet: Network, seed: int = 0) -> Network:
   """A ControlNet that starts from a U-Net and changes nothing yet."""
   module, variables = unet
-  sizes = _attributes(module)
+  sizes = sizes_of(module)
   del sizes["out_channels"]
   controlnet = StableDiffusionControlNet(**sizes)
   inputs = KINDS["controlnet"].inputs(controlnet)
@@ -384,23 +467,24 @@ def new_controlnet(unet: Network, seed: int = 0) -> Network:
 def load_single_file(path: str | Path) -> dict[str, Network]:
   """Reads the original's layout, in which one file holds every network.
 
-  Sizes are read off the tensors. What they do not show is taken to be Stable
-  Diffusion 1.x's: 8 heads in the U-Net and the ControlNet, heads of 64 channels
-  in the text encoder, 32 groups in every group normalisation.
+  Sizes are read off the tensors, and so is the latents' scaling factor where it
+  is among them. What they do not show is taken to be Stable Diffusion 1.x's: 8
+  heads in the U-Net and the ControlNet, heads of 64 channels in the text
+  encoder, 32 groups in every group normalisation, noise that is predicted.
 
   Args:
-    path: .safetensors, or PyTorch's .ckpt or .pth, which needs PyTorch and is
-      read without running any code that is in it.
+    path: as `graft.read` takes it.
 
   Returns:
     As `load`.
 
   Raises:
+    FileNotFoundError: no such file.
     ImportError: PyTorch is needed and not installed.
-    ValueError: the file holds none of the networks, or other things than
-      tensors; or a tensor is missing, left over or of an unexpected shape.
+    ValueError: the file is damaged, holds none of the networks, other things
+      than tensors, or betas of another schedule; or a tensor is missing, left
+      over or of an unexpected shape.
   """
-  path = Path(path)
   arrays = graft.read(path)
   networks, used = {}, set()
   for name, prefix in PREFIXES.items():
@@ -411,17 +495,30 @@ def load_single_file(path: str | Path) -> dict[str, Network]:
     }
     if part:
       used |= {prefix + key for key in part}
-      try:
+      with graft.naming(f"{path}, {prefix}*"):
         config, renamed = _ORIGINALS[name](graft.Source(part))
+        if name == "autoencoder" and "scale_factor" in arrays:
+          scale = graft.Source(arrays).take("scale_factor", 0)
+          config["scaling_factor"] = float(scale)
         networks[name] = _assemble(KINDS[name], config, renamed)
-      except ValueError as error:
-        raise ValueError(f"{path}, {prefix}*: {error}") from error
   unused = [key for key in arrays if key not in used and not _is_excused(key)]
   if unused:
-    raise ValueError(f"{path}: unknown tensors: {sorted(unused)}")
+    raise ValueError(f"{path}: unknown tensors: {files.some(sorted(unused))}")
   if not networks:
     raise ValueError(f"{path}: no names start with {[*PREFIXES.values()]}")
+  if "betas" in arrays and not _are_known(arrays["betas"]):
+    raise ValueError(
+      f"{path}: its betas are not those of Stable Diffusion 1.x; convert it to"
+      f" a folder as diffusers writes it, whose {SCHEDULER} says what they are"
+    )
   return networks
+
+
+def _are_known(betas):
+  """Whether they are those of `SCHEDULE`."""
+  ends = SCHEDULE["beta_start"], SCHEDULE["beta_end"]
+  known = np.linspace(*np.sqrt(ends), SCHEDULE["num_steps"]) ** 2
+  return betas.shape == known.shape and np.allclose(betas, known, rtol=1e-4)
 
 
 def _is_excused(key):
@@ -430,20 +527,25 @@ def _is_excused(key):
 
 def _class_name(config):
   """Class of a network, from diffusers' configuration or transformers'."""
-  if "_class_name" in config:
-    return config["_class_name"]
-  return ", ".join(config.get("architectures") or ["network without a class"])
+  names = config.get("_class_name") or config.get("architectures")
+  if not names:
+    return "network without a class"
+  return ", ".join(map(str, names if isinstance(names, list) else [names]))
 
 
 def _read_config(folder):
-  return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  path = folder / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{folder} has no config.json; copy it from where the weights come from"
+    )
+  return files.read_json(files.require_whole(path), AGAIN)
 
 
 def _load_network(kind, folder, config):
-  try:
-    return _assemble(kind, config, _read_folder(folder))
-  except ValueError as error:
-    raise ValueError(f"{folder}: {error}") from error
+  arrays = _read_folder(folder)
+  with graft.naming(folder):
+    return _assemble(kind, config, arrays)
 
 
 def _read_folder(folder):
@@ -453,14 +555,37 @@ def _read_folder(folder):
       return graft.read(folder / name)
     index = folder / f"{name}.index.json"
     if index.is_file():
-      shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-      arrays = {}
-      for shard in sorted(set(shards.values())):
-        arrays |= graft.read(folder / shard)
-      return arrays
+      return _read_shards(index)
   raise FileNotFoundError(
-    f"{folder} has neither {' nor '.join(WEIGHTS)}, nor an index of them"
+    f"{folder} has neither {' nor '.join(WEIGHTS)}, nor an index of them;"
+    f" {AGAIN}"
   )
+
+
+def _read_shards(index):
+  """The tensors in all files that an index names."""
+  content = files.read_json(files.require_whole(index), AGAIN)
+  shards = content.get("weight_map")
+  if not isinstance(shards, dict) or not all(map(_is_name, shards.values())):
+    raise ValueError(
+      f"{index} is damaged (no weight_map with names of files); {AGAIN}"
+    )
+  names = sorted(set(shards.values()))
+  absent = [name for name in names if not (index.parent / name).exists()]
+  if absent:
+    raise FileNotFoundError(
+      f"{index} names {len(absent)} files that are not there"
+      f" ({files.some(absent)}); copy or download them"
+    )
+  arrays = {}
+  for name in names:
+    arrays |= graft.read(index.parent / name)
+  return arrays
+
+
+def _is_name(value):
+  """Whether it names a file in the same folder."""
+  return isinstance(value, str) and Path(value).name == value
 
 
 def _assemble(kind, config, arrays):
@@ -486,11 +611,11 @@ def _module(kind, config):
   Raises:
     ValueError: the configuration asks for what the module cannot do.
   """
-  known = _attributes(kind.module())
+  known = sizes_of(kind.module())
   attributes = {}
   for field, value in {**kind.defaults, **config}.items():
     if field in known:
-      if isinstance(value, list) != isinstance(known[field], tuple):
+      if not _is_like(value, known[field]):
         raise _unsupported(field, value)
       attributes[field] = tuple(value) if isinstance(value, list) else value
   module = kind.module(**attributes)
@@ -504,11 +629,26 @@ def _module(kind, config):
   return module
 
 
+def _is_like(value, default):
+  """Whether it can stand for a default: a number above 0, or some of them."""
+  if isinstance(default, tuple):
+    return isinstance(value, list | tuple) and (
+      bool(value) and all(_is_like(x, default[0]) for x in value)
+    )
+  numbers = int | float if isinstance(default, float) else int
+  return (
+    isinstance(value, numbers)
+    and not isinstance(value, bool)
+    and 0 < value < math.inf
+  )
+
+
 def _unsupported(field, value):
   return ValueError(f"configuration {field} = {value!r} is not supported")
 
 
-def _attributes(module):
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+  """What a module is, by name; not how it runs."""
   return {
     field.name: getattr(module, field.name)
     for field in dataclasses.fields(module)
@@ -531,10 +671,10 @@ def _tensor_name(path):
   return ".".join([*names, "bias" if leaf == "bias" else "weight"])
 
 
-def _save_network(kind, directory, module, variables):
+def _save_network(kind, folder, module, variables):
   config = {
     "_class_name": kind.class_name,
-    **_attributes(module),
+    **sizes_of(module),
     **kind.required(module),
   }
   tensors = {}
@@ -543,13 +683,11 @@ def _save_network(kind, directory, module, variables):
     if path[-1] == "kernel":
       array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     tensors[_tensor_name(path)] = np.ascontiguousarray(array)
-  folder = directory / kind.folder
-  folder.mkdir(parents=True)
   safetensors.numpy.save_file(
     tensors, folder / WEIGHTS[0], metadata={"format": "pt"}
   )
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-  (folder / "config.json").write_text(text, encoding="utf-8")
+  files.write(folder / "config.json", text)
 
 
 # Names of the original's layers, as patterns, and those of diffusers.
@@ -605,15 +743,15 @@ def _original_encoder(source):
   The original numbers a network's blocks from end to end: the first
   convolution, then for each level its residual blocks and the downsampling.
   """
-  stem = source.take("input_blocks.0.0.weight")
-  keys = source.take("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+  stem = source.take("input_blocks.0.0.weight", 4)
+  keys = source.take("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)
   size = 1 + _numbers(source.arrays, r"input_blocks\.(\d+)\.")[-1]
   ends = _numbers(source.arrays, r"input_blocks\.(\d+)\.0\.op\.")
   period = ends[0] if ends else size
   config = {
     "in_channels": stem.shape[1],
     "block_out_channels": [
-      source.take(f"input_blocks.{start}.0.out_layers.3.weight").shape[0]
+      source.take(f"input_blocks.{start}.0.out_layers.3.weight", 4).shape[0]
       for start in range(1, size, period)
     ],
     "layers_per_block": period - 1,
@@ -644,16 +782,19 @@ def _original_encoder(source):
 
 def _original_unet(source):
   config, layers = _original_encoder(source)
-  config["out_channels"] = source.take("out.2.weight").shape[0]
+  config["out_channels"] = source.take("out.2.weight", 4).shape[0]
   return config, _rename(source.arrays, layers)
 
 
 def _original_controlnet(source):
   config, layers = _original_encoder(source)
   # Convolutions are the even layers; every second one of them is wider.
-  first, *between, last = _numbers(source.arrays, r"input_hint_block\.(\d+)\.")
+  numbers = _numbers(source.arrays, r"input_hint_block\.(\d+)\.")
+  if len(numbers) < 2:
+    raise ValueError("the ControlNet lacks layers of its input_hint_block")
+  first, *between, last = numbers
   config["conditioning_embedding_out_channels"] = [
-    source.take(f"input_hint_block.{number}.weight").shape[0]
+    source.take(f"input_hint_block.{number}.weight", 4).shape[0]
     for number in (first, *between[1::2])
   ]
   hint = {
@@ -672,11 +813,11 @@ def _original_autoencoder(source):
   arrays = source.arrays
   levels = _numbers(arrays, r"encoder\.down\.(\d+)\.")
   config = {
-    "in_channels": source.take("encoder.conv_in.weight").shape[1],
-    "out_channels": source.take("decoder.conv_out.weight").shape[0],
-    "latent_channels": source.take("post_quant_conv.weight").shape[0],
+    "in_channels": source.take("encoder.conv_in.weight", 4).shape[1],
+    "out_channels": source.take("decoder.conv_out.weight", 4).shape[0],
+    "latent_channels": source.take("post_quant_conv.weight", 4).shape[0],
     "block_out_channels": [
-      source.take(f"encoder.down.{i}.block.0.conv1.weight").shape[0]
+      source.take(f"encoder.down.{i}.block.0.conv1.weight", 4).shape[0]
       for i in levels
     ],
     "layers_per_block": len(
@@ -689,15 +830,15 @@ def _original_autoencoder(source):
   )
   renamed = _rename(arrays, (up, *_AUTOENCODER_LAYERS))
   for name, array in renamed.items():
-    if ".attentions." in name and array.ndim == 4:  # 1 x 1 convolutions
+    if ".attentions." in name and array.shape[2:] == (1, 1):  # convolutions
       renamed[name] = array.squeeze((2, 3))
   return config, renamed
 
 
 def _original_text_encoder(source):
-  table = source.take("text_model.embeddings.token_embedding.weight")
-  positions = source.take("text_model.embeddings.position_embedding.weight")
-  hidden = source.take("text_model.encoder.layers.0.mlp.fc1.weight")
+  table = source.take("text_model.embeddings.token_embedding.weight", 2)
+  positions = source.take("text_model.embeddings.position_embedding.weight", 2)
+  hidden = source.take("text_model.encoder.layers.0.mlp.fc1.weight", 2)
   layers = _numbers(source.arrays, r"text_model\.encoder\.layers\.(\d+)\.")
   config = {
     "vocab_size": table.shape[0],

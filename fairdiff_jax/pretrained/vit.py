@@ -6,7 +6,8 @@ Flax arrays, so kernels need no transposition.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,8 +31,32 @@ _LAYER = {
 }
 
 
+# Channels and blocks of the published transformers.
+NAMES = {
+  (192, 12): "ViT-Ti",
+  (384, 12): "ViT-S",
+  (768, 12): "ViT-B",
+  (1024, 24): "ViT-L",
+  (1280, 32): "ViT-H",
+}
+
+
+def describe(channels: int, blocks: int) -> str:
+  """Such as 'a ViT-L (1024 channels, 24 blocks)'."""
+  name = NAMES.get((channels, blocks), "ViT")
+  return f"a {name} ({channels} channels, {blocks} blocks)"
+
+
+_AXES = dict.fromkeys(("query", "key", "value", "out"), 3)
+
+
 def load(
-  path: str, *, image_size: int = 224, num_classes: int = 3, seed: int = 0
+  path: str | Path,
+  *,
+  image_size: int = 224,
+  num_classes: int = 3,
+  decoder_channels: Sequence[int] = TransUNet.decoder_channels,
+  seed: int = 0,
 ) -> tuple[TransUNet, dict[str, Any]]:
   """Reads an encoder; the decoder is drawn anew.
 
@@ -41,6 +66,7 @@ def load(
     image_size: side, in pixels, of the square images: a multiple of 16. The
       position embedding is resized to their grid.
     num_classes: with the background.
+    decoder_channels: of the decoder, as the module's.
     seed: of the decoder.
 
   Returns:
@@ -48,17 +74,22 @@ def load(
     {'params', 'batch_stats'}, in float32.
 
   Raises:
-    ValueError: a tensor is missing, left over or of an unexpected shape.
+    FileNotFoundError: no such file.
+    ValueError: the file is damaged; or a tensor is missing, left over or of an
+      unexpected shape.
   """
-  with np.load(path, allow_pickle=False) as file:
-    source = graft.Source(dict(file))
-  encoder = _encoder(source, image_size // PATCH)
-  source.finish(excused=CLASSIFIER)
-
-  module = TransUNet(num_classes=num_classes, **encoder_sizes(encoder))
-  image = np.zeros((1, image_size, image_size, 3), np.float32)
-  expected = jax.eval_shape(module.init, jax.random.key(0), image)
-  graft.require_shapes(encoder, expected["params"]["encoder"])
+  source = graft.Source(graft.read(path))
+  with graft.naming(path):
+    encoder = _encoder(source, image_size // PATCH)
+    source.finish(excused=CLASSIFIER)
+    module = TransUNet(
+      num_classes=num_classes,
+      decoder_channels=tuple(decoder_channels),
+      **encoder_sizes(encoder),
+    )
+    image = np.zeros((1, image_size, image_size, 3), np.float32)
+    expected = jax.eval_shape(module.init, jax.random.key(0), image)
+    graft.require_shapes(encoder, expected["params"]["encoder"])
   # Compiled, `init` draws the parameters and leaves out the forward pass.
   variables = jax.device_get(jax.jit(module.init)(jax.random.key(seed), image))
   params = {**variables["params"], "encoder": encoder}
@@ -88,7 +119,7 @@ def _count(names, template, start=0):
 
 
 def _encoder(source, grid):
-  position = source.take("Transformer/posembed_input/pos_embedding")
+  position = source.take("Transformer/posembed_input/pos_embedding", 3)
   params = {
     "patch_embedding": _affine(source, "embedding", "kernel"),
     "position_embedding": resize_position_embedding(position, grid),
@@ -103,6 +134,7 @@ def _encoder(source, grid):
         source,
         f"{block.format(i)}/{theirs}",
         "scale" if name.startswith("norm") else "kernel",
+        _AXES.get(name),
       )
       for name, theirs in _LAYER.items()
     }
@@ -111,9 +143,9 @@ def _encoder(source, grid):
   return params
 
 
-def _affine(source, name, multiplier):
+def _affine(source, name, multiplier, ndim=None):
   return {
-    multiplier: source.take(f"{name}/{multiplier}"),
+    multiplier: source.take(f"{name}/{multiplier}", ndim),
     "bias": source.take(f"{name}/bias"),
   }
 

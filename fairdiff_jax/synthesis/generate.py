@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
-from fairdiff_jax.synthesis.audit import mask_fault
 from fairdiff_jax.training.checkpoint import INFERENCE, network
 from fairdiff_jax.training.mesh import BATCH, map_batch
 from fairdiff_jax.training.setup import Setup
@@ -81,7 +81,7 @@ def batches(
     total=-(-number // size),
     initial=first,
     leave=False,
-    disable=jax.process_index() != 0,
+    disable=number <= size or jax.process_index() != 0,
   )
 
 
@@ -147,9 +147,7 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
   def generate(inference, seed, number, group, title="cases"):
     number, group = np.asarray(number), np.asarray(group)
     base = _key(seed)
-    rows = [slice(0, len(number))]
-    if len(number) > config.batch_size:
-      rows = batches(len(number), config.batch_size, title)
+    rows = batches(len(number), config.batch_size, title)
     return join(
       [generate_batch(inference, base, number[i], group[i]) for i in rows],
       shape,

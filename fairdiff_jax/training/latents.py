@@ -1,14 +1,14 @@
 """Latents of the training cases, encoded once and kept beside the data.
 
 They lie in `<data>/latents/<key>`, complete or absent. The key is a hash of the
-autoencoder's weights and of the prepared images: latents of others are never
-taken. They are float32, so that a step's losses are those of encoding in it:
-1 GB for 8,000 cases of 512 x 512. float16 would move a mean near 8 by up to
-1/256, more than a narrow posterior's spread.
+autoencoder, its scaling factor included, and of the prepared images: latents of
+others are never taken. They are kept without that factor, in float32, so that a
+step's losses are those of encoding in it: 1 GB for 8,000 cases of 512 x 512.
+float16 would move a mean near 8 by up to 1/256, more than a narrow posterior's
+spread.
 """
 
-import hashlib
-import tempfile
+import json
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fairdiff_jax import files
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.objectives.latent_space import (
@@ -25,6 +26,7 @@ from fairdiff_jax.objectives.latent_space import (
   latent_size,
   load_autoencoder,
 )
+from fairdiff_jax.pretrained.stable_diffusion import sizes_of
 from fairdiff_jax.training.checkpoint import fingerprint
 from fairdiff_jax.training.mesh import map_batch
 from fairdiff_jax.training.schedule import learning_steps
@@ -71,8 +73,17 @@ def cached_latents(
       damaged.
   """
   autoencoder, params = load_autoencoder(config.image)
-  key = fingerprint({"autoencoder": params, "image": cases.image})
+  sizes = json.dumps(sizes_of(autoencoder), sort_keys=True)
+  key = fingerprint(
+    {
+      "autoencoder": params,
+      "sizes": np.frombuffer(sizes.encode(), np.uint8),
+      "image": cases.image,
+    }
+  )
   folder = Path(directory) / "latents" / key[:16]
+  if jax.process_index() == 0:
+    files.sweep(folder.parent)
   # One host looks, so that all do the same.
   if not multihost_utils.broadcast_one_to_all(np.asarray(folder.exists())):
     latent = _encode(autoencoder, params, cases.image, mesh)
@@ -108,28 +119,21 @@ def _encode(autoencoder, params, image, mesh):
 
 
 def _write(folder, latent):
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=folder.parent, prefix="incomplete_"
-  ) as incomplete:
-    temporary = Path(incomplete) / folder.name
-    temporary.mkdir()
-    np.save(temporary / FILE, latent)
+  with files.new_directory(folder) as directory:
+    with (directory / FILE).open("wb") as file:
+      header = np.lib.format.header_data_from_array_1_0(latent)
+      np.lib.format.write_array_header_1_0(file, header)
+      file.write(latent.data)  # unlike `np.save`, it tells when a disk is full
     # As sha256sum writes and checks it.
-    digest = _sha256(temporary / FILE)
-    (temporary / DIGEST).write_text(f"{digest}  {FILE}\n")
-    try:
-      temporary.rename(folder)
-    except OSError:
-      if not folder.exists():
-        raise  # else another run was faster, with the same latents
+    digest = files.sha256(directory / FILE)
+    files.write(directory / DIGEST, f"{digest}  {FILE}\n")
 
 
 def _read(folder):
   try:
-    expected = (folder / DIGEST).read_text().split()[0]
-    sound = _sha256(folder / FILE) == expected
-  except (OSError, IndexError):
+    expected = files.read_text(folder / DIGEST).split()[0]
+    sound = files.sha256(folder / FILE) == expected
+  except (OSError, ValueError, IndexError):
     sound = False
   if not sound:
     raise ValueError(
@@ -137,8 +141,3 @@ def _read(folder):
       " encodes its images again"
     )
   return np.load(folder / FILE, mmap_mode="r", allow_pickle=False)
-
-
-def _sha256(path):
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

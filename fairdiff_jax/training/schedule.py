@@ -3,11 +3,16 @@
 Spans of steps are (from, to): the first, and the one after the last.
 """
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from fairdiff_jax.config import span
 from fairdiff_jax.objectives.joint import NETWORKS
+
+# Kinds of work besides steps, whose kind is the networks that learn.
+REFILL, SAVE = "the generators of synthetic cases", "checkpoint"
 
 
 class Phase(NamedTuple):
@@ -76,13 +81,53 @@ def bank_step(config, step: int) -> int | None:
   return mixture(config, step)
 
 
-def refills(config) -> list[int]:
-  """The steps at which a bank is filled, if any group needs one."""
+def refills(config, start: int = 0) -> list[int]:
+  """The steps from `start` on at which a bank is filled, if one is needed."""
   last = bank_step(config, config.train.steps)
   if last is None:
     return []
   first = learning_steps(config, "segmenter")[0]
-  return list(range(first, last + 1, config.bank.every or 1))
+  steps = range(first, last + 1, config.bank.every or 1)
+  return [step for step in steps if step >= start]
+
+
+def last_step(config) -> int:
+  """The step after the last in which a network learns."""
+  return max((p.stop for p in phases(config) if p.active), default=0)
+
+
+def needs(config, start: int, refilled: Sequence[int] = ()) -> list[Hashable]:
+  """What a run compiles from a step on, in the order in which it needs it.
+
+  Args:
+    config: the run's config.
+    start: the step.
+    refilled: the steps at which it fills a bank.
+
+  Returns:
+    The active networks of each phase, and REFILL.
+  """
+  order = [
+    (max(phase.start, start), 1, phase.active)
+    for phase in phases(config)
+    if phase.stop > start
+  ]
+  order += [(step, 0, REFILL) for step in refilled]
+  order.sort(key=lambda need: need[:2])
+  return list(dict.fromkeys(kind for *_, kind in order))
+
+
+def work(config, start: int, refilled: Sequence[int] = ()) -> Counter[Hashable]:
+  """How often a run does what from a step on, its baseline included."""
+  counts = Counter()
+  for phase in phases(config):
+    counts[phase.active] += max(phase.stop - max(phase.start, start), 0)
+  if config.baseline:
+    first, last = learning_steps(config, "segmenter")
+    counts["segmenter",] += last - first
+  counts[REFILL] = len(refilled)
+  counts[SAVE] = len(saves(config, start))
+  return counts
 
 
 def due(step: int, every: int) -> bool:

@@ -131,6 +131,8 @@ def make_step(
   run: Setup, active: tuple[str, ...]
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
   """Compiles the train step of a phase: (state, host's batch) -> the next."""
+  if not active:
+    return partial(_count, run.abstract.step)
   return compile_step(
     step_function(run, active),
     mesh=run.mesh,
@@ -138,6 +140,13 @@ def make_step(
     batch=describe_batch(run.config, active),
     mode=run.config.parallel.compile,
   )
+
+
+def _count(like: jax.ShapeDtypeStruct, state: TrainState, _):
+  """A step in which no network learns; it has no metrics."""
+  step = np.asarray(int(state.step) + 1, like.dtype)
+  step = jax.make_array_from_callback((), like.sharding, lambda _: step)
+  return state.replace(step=step), {}
 
 
 def step_function(

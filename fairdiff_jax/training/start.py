@@ -27,7 +27,9 @@ def import_weights(
   """Frozen weights by network, read from where the config says.
 
   Raises:
-    ValueError: if a network needs weights and the config names none.
+    FileNotFoundError: if there is nothing where the config says.
+    ValueError: if a network needs weights and the config names none, or they
+      are damaged or of another network.
   """
   imported = {}
   for name, wanted in abstract.imported.items():
@@ -44,7 +46,9 @@ def start_from_weights(
   """An initial state, with the weights that the config names in place.
 
   Raises:
-    ValueError: if a network needs weights and the config names none.
+    FileNotFoundError: if there is nothing where the config says.
+    ValueError: if a network needs weights and the config names none, or they
+      are damaged or of another network.
   """
   fields = {
     field: dict(getattr(state, field))
@@ -68,6 +72,6 @@ def _load_weights(objective, name) -> Variables:
   if load is None:
     raise ValueError(
       f"{name}.weights is empty, but this network has parts that are not"
-      " trained; name the directory of its weights"
+      " trained; name its weights"
     )
   return load()

@@ -60,9 +60,11 @@ def make_variables(task):
   """Random variables of which no part is silent."""
   initial = jax.eval_shape(task.init, jax.random.key(0))
   rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: rng.normal(scale=0.1, size=x.shape).astype(np.float32), initial
+  variables = jax.tree.map(
+    lambda x: rng.normal(scale=0.1, size=x.shape), initial
   )
+  variables.frozen["scaling_factor"] = 0.18215
+  return jax.tree.map(np.float32, variables)
 
 
 def make_batch():
@@ -376,15 +378,17 @@ def test_images_are_those_of_diffusers_pipeline(
 
 def test_weights_are_those_of_the_directory(variables, tmp_path):
   config = tiny_config(**{"image.weights": str(tmp_path)})
+  prompts = variables.frozen["prompts"]
+  file = tmp_path / stable_diffusion.PROMPTS
+  with pytest.raises(FileNotFoundError, match=f"{file} does not exist; pyth"):
+    image_task(config.image, GROUPS).load()
+  safetensors.numpy.save_file(
+    {**prompts, "positive": prompts["positive"][:1]}, file
+  )
   for name, network in make_networks(variables).items():
     with pytest.raises(FileNotFoundError if name == "unet" else ValueError):
       image_task(config.image, GROUPS).load()
     stable_diffusion.save(tmp_path, **{name: network})
-  prompts = variables.frozen["prompts"]
-  file = tmp_path / stable_diffusion.PROMPTS
-  safetensors.numpy.save_file(
-    {**prompts, "positive": prompts["positive"][:1]}, file
-  )
   loaded = image_task(config.image, GROUPS).load()
   jax.tree.map(np.testing.assert_array_equal, loaded.params, variables.params)
   for row in loaded.frozen["prompts"]["positive"]:

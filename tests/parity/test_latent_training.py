@@ -213,7 +213,18 @@ def test_import_refuses_in_one_line(pipeline, weights, tmp_path):
   lacking = tmp_path / "lacking"
   for source, out, flags, message in (
     (lacking, weights, [], f"error: {weights} exists; it is not overwritten"),
-    (lacking, tmp_path / "new", [], f"error: {lacking}/tokenizer has no vocab"),
+    (
+      lacking,
+      tmp_path / "new",
+      [],
+      f"error: {lacking} does not exist; correct",
+    ),
+    (
+      weights,
+      tmp_path / "new",
+      [],
+      f"error: {weights}/tokenizer has no vocab.json; correct --tokenizer",
+    ),
     (
       pipeline,
       tmp_path / "new",
@@ -350,7 +361,7 @@ def test_interrupted_writing_leaves_nothing(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(latents, "_sha256", interrupt)
+    patch.setattr(latents.files, "sha256", interrupt)
     with pytest.raises(KeyboardInterrupt):
       read(config, cases, tmp_path)
   assert not list((tmp_path / "latents").iterdir())

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from fairdiff_jax.pretrained import graft  # noqa: E402
 from fairdiff_jax.pretrained import stable_diffusion as sd  # noqa: E402
 
 WIDTHS, CONTEXT = (32, 64, 64), 64
@@ -241,7 +243,7 @@ def test_nothing_is_overwritten(networks, tmp_path):
 
 def test_variables_of_another_module_are_not_saved(networks, tmp_path):
   swapped = networks["unet"][0], networks["controlnet"][1]
-  with pytest.raises(ValueError, match="params/conv_out/bias: missing"):
+  with pytest.raises(ValueError, match="not expected\n(?s:.*) more$"):
     sd.save(tmp_path, unet=swapped)
   assert not [*tmp_path.iterdir()]
 
@@ -483,7 +485,7 @@ def _original_name(network, name):
 def original(models):
   """The small networks' tensors under the original's names."""
   tensors = {
-    "betas": torch.zeros(10),
+    "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
     "alphas_cumprod_prev": torch.zeros(10),
     "sqrt_recipm1_alphas_cumprod": torch.zeros(10),
     "posterior_mean_coef2": torch.zeros(10),
@@ -567,6 +569,85 @@ def test_missing_tensor_of_single_file_is_named(
   _write({k: v for k, v in original.items() if k != missing}, path)
   with pytest.raises(ValueError, match=message):
     sd.load_single_file(path)
+
+
+def test_scale_and_betas_of_a_single_file(original, tmp_path):
+  path = tmp_path / "model.safetensors"
+  part = {
+    name: value
+    for name, value in original.items()
+    if name == "betas" or name.startswith("first_stage_model")
+  }
+  _write({**part, "scale_factor": torch.tensor(0.5)}, path)
+  (module, _), *others = sd.load_single_file(path).values()
+  assert module.scaling_factor == 0.5 and not others
+  _write({**part, "betas": part["betas"] * 1.1}, path)
+  with pytest.raises(ValueError, match=f"{path}: its betas are not those"):
+    sd.load_single_file(path)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (
+      b"<html>not found</html>",
+      r"damaged, cut short or not PyTorch's \(Unpick",
+    ),
+    ("cut", "damaged, cut short or not PyTorch's"),
+    ([torch.zeros(2)], "holds no tensors by name but list; save a state dict"),
+    ({"a": torch.zeros(2), "b": 3}, "not tensors: 'b'; save its state dict"),
+    ({"a": torch.eye(2).to_sparse()}, "tensor 'a' is no plain array"),
+    ({"a": re.compile}, "it holds re.compile, and what can run code is never"),
+    ({"a": Path("b")}, r"it holds pathlib.\w+, and what can run code is never"),
+  ],
+)
+def test_pytorch_files_that_cannot_be_read(tmp_path, content, message):
+  path = tmp_path / "a.pth"
+  torch.save({"a": torch.zeros(2)} if content == "cut" else content, path)
+  if content == "cut":
+    path.write_bytes(path.read_bytes()[:-9])
+  elif isinstance(content, bytes):
+    path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as raised:
+    graft.read(path)
+  assert str(path) in str(raised.value)
+  assert "weights_only" not in str(raised.value)
+
+
+def test_programs_of_pytorch_are_refused(tmp_path):
+  path = tmp_path / "a.pt"
+  torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+  with pytest.raises(ValueError, match=f"{path} .*TorchScript archives, and"):
+    graft.read(path)
+
+
+def test_parameters_of_pytorch_are_tensors(tmp_path):
+  path = tmp_path / "a.pth"
+  torch.save({"a": torch.nn.Parameter(torch.ones(2, dtype=torch.half))}, path)
+  assert graft.read(path)["a"].dtype == np.float32
+
+
+def test_autoencoder_keeps_its_scale(networks, tmp_path):
+  """From diffusers' configuration, and back to it."""
+  folder = tmp_path / "vae"
+  diffusers.AutoencoderKL(
+    block_out_channels=(32, 64),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    scaling_factor=0.5,
+  ).save_pretrained(folder)
+  network = sd.load(folder)["autoencoder"]
+  assert network[0].scaling_factor == 0.5
+  assert networks["autoencoder"][0].scaling_factor == 0.18215
+  sd.save(tmp_path / "new", autoencoder=network)
+  found, info = diffusers.AutoencoderKL.from_pretrained(
+    tmp_path / "new" / "vae", output_loading_info=True
+  )
+  assert not any(info.values())
+  expected = diffusers.AutoencoderKL.from_pretrained(folder)
+  for field, value in expected.config.items():
+    if not field.startswith("_") and field != "sample_size":
+      assert found.config[field] == value, field
 
 
 def test_single_file_without_networks_is_refused(tmp_path):

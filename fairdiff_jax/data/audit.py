@@ -1,4 +1,4 @@
-"""Is a generated mask the mask of an eye?"""
+"""Is a mask, made up or real, the mask of an eye?"""
 
 import cv2
 import numpy as np
@@ -35,7 +35,11 @@ def mask_fault(mask: np.ndarray, *, min_solidity: float) -> str | None:
 
 def _solidity(region: np.ndarray) -> float:
   """Area over the convex hull's area, both counted in pixels."""
-  hull = cv2.convexHull(np.argwhere(region)[:, ::-1].astype(np.int32))
+  rows = np.flatnonzero(region.any(axis=1))
+  region, rows = region[rows[0] : rows[-1] + 1], rows - rows[0]
+  first = region[rows].argmax(axis=1)
+  last = region.shape[1] - 1 - region[rows, ::-1].argmax(axis=1)
+  ends = np.concatenate([np.stack([x, rows], 1) for x in (first, last)])
   filled = np.zeros(region.shape, np.uint8)
-  cv2.fillConvexPoly(filled, hull, 1)
-  return region.sum() / filled.sum()
+  cv2.fillConvexPoly(filled, cv2.convexHull(ends.astype(np.int32)), 1)
+  return np.count_nonzero(region) / np.count_nonzero(filled)

@@ -1,0 +1,569 @@
+"""The order of a run: phases, refills, saves and stops. Nothing is compiled.
+
+Networks are a counter, and synthetic cases blank: what is looked at is which
+steps are asked for what, and what a run that was stopped goes on with.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.phantom import get_config
+from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.fairness.risk import RunningRisk
+from fairdiff_jax.objectives.joint import FairnessState
+from fairdiff_jax.synthesis import bank
+from fairdiff_jax.synthesis.generate import Generated
+from fairdiff_jax.training import checkpoint, loop, session
+from fairdiff_jax.training.checkpoint import Checkpoints
+from fairdiff_jax.training.schedule import active_networks
+from fairdiff_jax.training.setup import Setup
+from fairdiff_jax.training.step import TrainState
+
+ROOT = Path(__file__).parents[1]
+GROUPS = ("Asian", "Black", "White")
+TOTAL = 6
+
+
+def make_config(**changes):
+  config = get_config("smoke")
+  config.update_from_flattened_dict(
+    {
+      "data.size": (4, 4),
+      "data.augment": False,
+      "train.steps": TOTAL,
+      "train.points": (0, TOTAL),
+      "train.image": (0, TOTAL),
+      "train.segmenter": (2, TOTAL),
+      "bank.every": 2,
+      "bank.batch_size": 1,
+      "checkpoint.every": 0,
+      "baseline": False,
+      "fairness.method": "erm",
+    }
+    | changes
+  )
+  return config
+
+
+def make_cases():
+  group = np.repeat([0, 1, 2], [1, 2, 5]).astype(np.int32)
+  n = len(group)
+  return Cases(
+    name=[f"case_{i}" for i in range(n)],
+    image=np.zeros((n, 4, 4), np.uint8),
+    mask=np.zeros((n, 4, 4), np.uint8),
+    points=np.zeros((n, 32, 3), np.float32),
+    attributes={a: group for a in ATTRIBUTES},
+  )
+
+
+def make_state():
+  return TrainState(
+    step=jnp.int32(0),
+    updates={},
+    params={"network": jnp.zeros(3)},
+    ema={"network": jnp.zeros(3)},
+    batch_stats={},
+    frozen={},
+    imported={},
+    opt_state={},
+    fairness=FairnessState(RunningRisk.start(3), ()),
+  )
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+  """A run without networks; what it did, and what is to happen when."""
+  count = session.make_step
+  world = SimpleNamespace(steps=[], generated=[], at={}, faults={})
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = checkpoint.describe(
+    make_state, lambda tree: jax.tree.map(lambda _: device, tree)
+  )
+
+  def setup(config):
+    objective = SimpleNamespace(group_names=GROUPS, tasks={})
+    return Setup(config, objective, None, None, abstract, make_state)
+
+  def make_step(run, active):
+    if not active:
+      return count(run, active)
+    world.at.get(("compile", active), lambda: None)()
+
+    def step(state, batch):
+      number = int(state.step)
+      world.at.get(("step", number), lambda: None)()
+      parts = set()
+      parts |= {"generation"} if {"points", "image"} & set(active) else set()
+      parts |= {"segmentation"} if "segmenter" in active else set()
+      assert set(batch) == parts
+      world.steps.append((number, active))
+      params = {"network": state.params["network"] + number}
+      return state.replace(step=state.step + 1, params=params, ema=params), {
+        "loss/total": jnp.float32(1)
+      }
+
+    return step
+
+  def make_generator(run):
+    def generate(inference, seed, number, group):
+      world.at.get(("batch", len(world.generated)), lambda: None)()
+      world.generated.append((seed, *number))
+      image = np.full((len(number), 4, 4), 7, np.uint8)
+      image[:, 0, 0], image[:, 0, 1] = number, inference["ema"]["network"][0]
+      fault = np.array([world.faults.get(int(n), "") for n in number])
+      return Generated(image, image % 3, np.ones(len(number), int), fault)
+
+    return generate
+
+  monkeypatch.setattr(session, "setup", setup)
+  monkeypatch.setattr(session, "make_step", make_step)
+  monkeypatch.setattr(session, "initial_state", lambda *_: make_state())
+  monkeypatch.setattr(bank, "make_generator", make_generator)
+  return world
+
+
+def run(workdir, **changes):
+  return loop.train(
+    make_config(**changes), workdir, make_cases(), make_refill=bank.make_refill
+  )
+
+
+def journal(workdir):
+  timing = {"seconds_per_step", "cases_per_second"}
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k not in timing}
+    for line in lines
+  ]
+
+
+def banks(workdir):
+  paths = (p for p in (workdir / "bank").rglob("*") if p.is_file())
+  return {
+    str(p.relative_to(workdir)): hashlib.sha256(p.read_bytes()).hexdigest()
+    for p in paths
+  }
+
+
+def assert_same(workdir, reference):
+  assert journal(workdir) == journal(reference)
+  found = banks(workdir)
+  assert found.items() <= banks(reference).items()
+  assert "bank/step_00000004/cases.npz" in found
+
+
+def checkpoints(workdir):
+  names = (path.name for path in (workdir / "checkpoints").iterdir())
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def asks(number):
+  return lambda: os.kill(os.getpid(), number)
+
+
+# points, image, segmenter
+LAYOUTS = {
+  "joint": ((0, 6), (0, 6), (0, 6)),
+  "staged": ((0, 2), (2, 4), (4, 6)),
+  "a gap between": ((0, 2), (0, 2), (4, 6)),
+  "gaps at both ends": ((1, 3), (1, 3), (2, 5)),
+  "the segmenter stops first": ((0, 6), (0, 6), (2, 3)),
+  "the segmenter starts first": ((3, 6), (3, 6), (0, 4)),
+  "the segmenter alone": ((0, 0), (0, 0), (1, 6)),
+  "no image generator": ((0, 4), (0, 0), (2, 4)),
+  "points alone": ((0, 6), (0, 0), (0, 0)),
+  "nothing": ((0, 0), (0, 0), (0, 0)),
+  "longer than the run": ((0, 60), (0, 60), (3, 60)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+  ("strategy", "every"),
+  [("none", 2), ("repeat_sample", 2)]
+  + [("equal_scale", every) for every in (0, 1, 2)],
+)
+def test_any_strategy_with_any_phases(tmp_path, world, strategy, layout, every):
+  points, image, segmenter = LAYOUTS[layout]
+  changes = {
+    "fairness.strategy": strategy,
+    "bank.every": every,
+    "train.points": points,
+    "train.image": image,
+    "train.segmenter": segmenter,
+  }
+  learns = segmenter[0] < segmenter[1]
+  if strategy == "equal_scale" and learns and image == (0, 0):
+    with pytest.raises(ValueError, match=r"train\.\w+ has no steps"):
+      run(tmp_path, **changes)
+    return
+  state = run(tmp_path, **changes)
+  config = make_config(**changes)
+  expected = [(s, active_networks(config, s)) for s in range(TOTAL)]
+  expected = [(s, active) for s, active in expected if active]
+  assert world.steps == expected
+  assert int(state.step) == TOTAL and checkpoints(tmp_path) == [TOTAL]
+  *lines, last = journal(tmp_path)
+  assert [line["step"] for line in lines] == [s + 1 for s, _ in expected]
+  assert all(line["loss/total"] == 1 for line in lines)
+  assert last.keys() == {"step", "params_sha256"}
+  filled = {seed[1] for seed, *_ in world.generated}
+  if strategy != "equal_scale" or not learns:
+    assert not filled and not (tmp_path / "bank").exists()
+    return
+  start, stop = segmenter[0], min(segmenter[1], TOTAL)
+  assert filled == set(range(start, stop, every or TOTAL))
+  # What the last step of the segmenter used is there for the report.
+  directory = tmp_path / "bank" / f"step_{max(filled):08d}"
+  assert (directory / "cases.npz").is_file()
+
+
+def test_zero_is_off(tmp_path, world):
+  run(tmp_path, **{"log.every": 0, "bank.every": 0, "checkpoint.every": 0})
+  assert [line["step"] for line in journal(tmp_path)] == [TOTAL, TOTAL]
+  assert {seed[1] for seed, *_ in world.generated} == {2}
+  assert checkpoints(tmp_path) == [TOTAL]
+
+
+def test_the_last_line_is_of_the_last_step_that_learns(tmp_path):
+  learning = {f"train.{n}": (0, 3) for n in ("points", "image", "segmenter")}
+  run(tmp_path, **{"log.every": 0}, **learning)
+  assert [line["step"] for line in journal(tmp_path)] == [3, TOTAL]
+
+
+def test_a_gap_is_gone_through_after_a_restart(tmp_path, world):
+  gap = {"train.points": (0, 1), "train.image": (0, 1)}
+  changes = gap | {"train.segmenter": (4, 6), "checkpoint.every": 1}
+  world.at["step", 4] = asks(signal.SIGTERM)
+  assert run(tmp_path, **changes) is None
+  world.at.clear()
+  shutil.rmtree(tmp_path / "checkpoints" / "5")  # goes on from step 4
+  state = run(tmp_path, **changes)
+  assert [s for s, _ in world.steps] == [0, 4, 4, 5]
+  assert float(state.params["network"][0]) == 0 + 4 + 5
+
+
+@pytest.fixture
+def reference(tmp_path_factory, world):
+  """A run that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("reference")
+  run(workdir, **{"checkpoint.every": 3})
+  world.steps.clear()
+  world.generated.clear()
+  return workdir
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_saves_and_the_same_command_resumes(
+  tmp_path, world, reference, name, capsys
+):
+  number = getattr(signal, name)
+  before = signal.getsignal(number)
+  world.at["step", 3] = asks(number)
+  assert run(tmp_path, **{"checkpoint.every": 3}) is None
+  assert signal.getsignal(number) is before
+  stopped = f"{name}: stopped after step 4, saved; the same command resumes"
+  assert stopped in capsys.readouterr().err
+  assert checkpoints(tmp_path) == [3, 4]  # not a moment later
+  world.at.clear()
+  assert run(tmp_path, **{"checkpoint.every": 3}) is not None
+  assert_same(tmp_path, reference)
+  assert [s for s, _ in world.steps] == list(range(TOTAL))
+
+
+@pytest.mark.parametrize("stopped", [1, 5])  # in the first refill, the second
+def test_a_refill_goes_on_after_its_last_batch(
+  tmp_path, world, reference, stopped, capsys
+):
+  run(tmp_path / "whole")
+  whole = world.generated[:]
+  world.generated.clear()
+  assert len(whole) > stopped + 1
+  world.at["batch", stopped] = asks(signal.SIGTERM)
+  assert run(tmp_path) is None
+  assert len(world.generated) == stopped + 1  # the batch is ended, no other
+  step = world.generated[-1][0][1]
+  assert f"SIGTERM: stopped after step {step}, saved" in capsys.readouterr().err
+  assert checkpoints(tmp_path) == [step]
+  world.at.clear()
+  assert run(tmp_path) is not None
+  assert world.generated == whole
+  assert_same(tmp_path, reference)
+  assert not (tmp_path / "bank" / "unfinished").exists()
+
+
+def test_batches_of_another_state_are_not_used(tmp_path, world):
+  world.at["batch", 1] = asks(signal.SIGTERM)
+  assert run(tmp_path) is None
+  (folder,) = (tmp_path / "bank" / "unfinished").iterdir()
+  folder.rename(folder.with_name("step_00000002_" + 16 * "0"))
+  world.at.clear()
+  world.generated.clear()
+  assert run(tmp_path) is not None
+  assert world.generated[0][1:] == (0,)  # from the first batch
+
+
+def test_a_compilation_is_not_waited_for(tmp_path, world, capsys):
+  compiled = threading.Event()
+  joint = ("points", "image", "segmenter")
+  world.at["compile", joint] = compiled.wait
+  timer = threading.Timer(1, asks(signal.SIGTERM))
+  timer.start()
+  start = time.monotonic()
+  try:
+    assert run(tmp_path, **{"bank.every": 0}) is None
+    assert time.monotonic() - start < 30
+  finally:
+    compiled.set()
+  assert "stopped after step 2, saved" in capsys.readouterr().err
+  assert checkpoints(tmp_path) == [2]
+  assert run(tmp_path, **{"bank.every": 0}) is not None
+  assert [s for s, _ in world.steps] == list(range(TOTAL))
+
+
+def test_before_the_first_step_there_is_nothing_to_save(
+  tmp_path, world, capsys
+):
+  world.at["compile", ("points", "image")] = asks(signal.SIGTERM)
+  assert run(tmp_path) is None
+  assert "SIGTERM: stopped before the first step" in capsys.readouterr().err
+  assert not checkpoints(tmp_path)
+
+
+def test_ignored_signals_stay_ignored(tmp_path, world):
+  """As under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    world.at["step", 3] = asks(signal.SIGHUP)
+    assert run(tmp_path) is not None
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+PROCESS = """
+import os, signal, sys, time
+import jax, jax.numpy as jnp
+from fairdiff_jax.training.compiling import Compiler
+from fairdiff_jax.training.termination import Termination
+"""
+
+
+def process(code):
+  start = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-c", PROCESS + code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  return done, time.monotonic() - start
+
+
+def test_a_process_ends_while_something_is_compiled():
+  code = """
+def long(x):
+  for i in range(3000):
+    x = jnp.sort(jnp.sin(x @ x) + i, axis=i % 2)
+  return x
+
+square = jnp.ones((8, 8))
+compiler = Compiler({"long": lambda: jax.jit(long).lower(square).compile()})
+time.sleep(1)
+compiler.close(int(sys.argv[1]))
+print("saved")
+"""
+  for status in (0, 1):
+    done, seconds = process(f"sys.argv = ['', '{status}']\n{code}")
+    assert (done.returncode, done.stdout) == (status, "saved\n"), done.stderr
+    assert seconds < 60
+
+
+def test_a_second_interrupt_ends_the_process():
+  code = """
+stop = Termination()
+os.kill(os.getpid(), signal.SIGINT)
+print(stop(), flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+  done, _ = process(code)
+  assert done.returncode == -signal.SIGINT
+  assert done.stdout == "True\n"
+  assert "SIGINT: about to save and stop; once more: ends at" in done.stderr
+
+
+def test_a_closed_terminal_does_not_end_a_run():
+  """What is written to it fails from then on."""
+  code = """
+reader, writer = os.pipe()
+os.dup2(writer, 2)
+os.close(writer)
+stop = Termination()
+os.close(reader)
+os.kill(os.getpid(), signal.SIGHUP)
+print("a line", file=sys.stderr, flush=True)
+print(stop())
+"""
+  done, _ = process(code)
+  assert (done.returncode, done.stdout) == (0, "True\n")
+
+
+def test_complete_is_said_of_what_is_complete(tmp_path, monkeypatch):
+  """The disk is full when the last checkpoint is written."""
+  wait = Checkpoints.wait
+
+  def full(self):
+    if self._saving and self._saving[0] == TOTAL:
+      self._saving[1].result()
+      self._saving = None
+      shutil.rmtree(tmp_path / "checkpoints" / str(TOTAL))
+      raise OSError("no space left on device")
+    wait(self)
+
+  monkeypatch.setattr(Checkpoints, "wait", full)
+  with pytest.raises(OSError, match="no space left"):
+    run(tmp_path)
+  assert not any("params_sha256" in line for line in journal(tmp_path))
+  monkeypatch.undo()
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+  leftovers = [
+    tmp_path / "bank" / "incomplete_step_00000002_99",
+    tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp",
+  ]
+  for directory in leftovers:
+    directory.mkdir(parents=True)
+    (directory / "file").write_text("half")
+  run(tmp_path)
+  assert not any(directory.exists() for directory in leftovers)
+
+
+def exchange(directory):
+  """All masks background, in a bank that is otherwise well-formed."""
+  path = directory / "cases.npz"
+  with np.load(path) as arrays:
+    arrays = dict(arrays)
+  arrays["mask"] = np.zeros_like(arrays["mask"])
+  np.savez_compressed(path, **arrays)
+
+
+def test_a_bank_that_was_exchanged_is_noticed(tmp_path, world, reference):
+  world.at["step", 4] = asks(signal.SIGTERM)
+  assert run(tmp_path, **{"checkpoint.every": 4}) is None
+  world.at.clear()
+  assert checkpoints(tmp_path) == [4, 5]
+  directory = tmp_path / "bank" / "step_00000004"
+  exchange(directory)
+  # Step 5 goes with the bank; from step 4, it can be made anew.
+  with pytest.raises(ValueError, match=rf"remove {directory}, and the same"):
+    run(tmp_path, **{"checkpoint.every": 4})
+  shutil.rmtree(directory)
+  assert run(tmp_path, **{"checkpoint.every": 4}) is not None
+  assert_same(tmp_path, reference)
+
+
+def test_a_bank_alone_is_no_checkpoint_s(tmp_path, world, caplog):
+  world.at["step", 4] = asks(signal.SIGTERM)
+  assert run(tmp_path) is None
+  exchange(tmp_path / "bank" / "step_00000004")
+  with pytest.raises(ValueError, match=r"cases\.npz is not the one it was"):
+    run(tmp_path)
+  shutil.rmtree(tmp_path / "bank")
+  with pytest.raises(ValueError, match=r"cases\.npz is missing"):
+    run(tmp_path)
+
+
+def test_the_bank_of_a_state_that_never_came_back_is_made_anew(tmp_path, world):
+  world.at["step", 2] = asks(signal.SIGTERM)
+  assert run(tmp_path, **{"checkpoint.every": 2}) is None
+  shutil.rmtree(tmp_path / "checkpoints" / "3")
+  path = tmp_path / "bank" / "step_00000002" / "bank.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"source": "else"}))
+  world.at.clear()
+  world.generated.clear()
+  assert run(tmp_path, **{"checkpoint.every": 2}) is not None
+  assert {seed[1] for seed, *_ in world.generated} == {2, 4}
+
+
+def test_unsound_masks_are_left_out_and_counted(tmp_path, world, capsys):
+  # Half of each group is real: Asian lacks 2 of 5, Black 2.
+  world.faults = {1: "no cup"}
+  assert run(tmp_path, **{"bank.every": 0}) is not None
+  directory = tmp_path / "bank" / "step_00000002"
+  record = json.loads((directory / "bank.json").read_text())
+  assert record["unsound"] == {"Asian": {"no cup": 1}}
+  with np.load(directory / "cases.npz") as cases:
+    assert cases["group"].tolist() == [0, 1, 1]
+    assert cases["image"][:, 0, 0].tolist() == [0, 2, 3]
+  lines = (directory / "manifest.jsonl").read_text().splitlines()
+  assert [json.loads(line)["number"] for line in lines] == [0, 2, 3]
+  (notice,) = [
+    line for line in capsys.readouterr().err.splitlines() if "unsound" in line
+  ]
+  assert "1 of 4 masks are still unsound" in notice
+  assert "{'Asian': {'no cup': 1}}" in notice
+
+
+def test_a_mask_generator_that_cannot_draw_is_an_error(tmp_path, world):
+  world.faults = {2: "no disc", 3: "ragged cup"}
+  message = r"2 of 2 masks of Black are still unsound.*Train it longer"
+  with pytest.raises(ValueError, match=message):
+    run(tmp_path)
+  assert not list((tmp_path / "bank").iterdir())
+
+
+def test_seeds_and_steps_of_banks_are_in_their_noise(tmp_path, world):
+  for seed in (7, 2**32 - 1):
+    run(tmp_path / str(seed), seed=seed)
+  seeds = dict.fromkeys(seed for seed, *_ in world.generated)
+  assert list(seeds) == [
+    (seed, step, 1) for seed in (7, 2**32 - 1) for step in (2, 4)
+  ]
+  record = tmp_path / "7" / "bank" / "step_00000004" / "bank.json"
+  assert json.loads(record.read_text())["seed"] == [7, 4, 1]
+
+
+def test_the_time_left_knows_what_was_seen(tmp_path, monkeypatch):
+  shown = []
+  monkeypatch.setattr(
+    session.Journal, "step", lambda self, left: shown.append(left)
+  )
+  run(tmp_path, **{"checkpoint.every": 3})
+  assert shown[0] == "time left unknown"  # no step has been timed
+  assert shown[-1].endswith(" left") and "at least" not in shown[-1]
+  shown.clear()
+  run(tmp_path / "b", **{"checkpoint.every": 3, "baseline": True})
+  assert shown[-2].startswith("at least ")  # the baseline is still to come
+
+
+def test_the_plan_comes_first(tmp_path, capsys):
+  run(tmp_path, **{"train.points": (0, 1), "train.image": (0, 1)})
+  text = capsys.readouterr().err
+  plan = """plan of 6 steps:
+  0 to 1       points, image
+  1 to 2       nothing learns
+  2 to 6       segmenter
+  bank         filled at step 2, then every 2 steps
+  checkpoints  at the end, the newest 2 are kept
+"""
+  assert plan in text
+  assert "compiled the step of points, image in 0 s" in text
+  assert "compiled the generators of synthetic cases in 0 s" in text

@@ -1,0 +1,295 @@
+"""Prepared data: held against what a run asks, fingerprinted, and damaged."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from patients import BUILD, patient, write_csv, write_source
+
+from fairdiff_jax.data import fairseg
+
+
+@pytest.fixture
+def source(tmp_path):
+  return write_source(tmp_path / "source")
+
+
+def data_config(**changes):
+  config = ConfigDict(
+    {
+      "source": "",
+      "size": (40, 48),
+      "num_points": 64,
+      "split": "use",
+      "crop": (),
+      "attribute": "race",
+      "phantom": {
+        "train": 9,
+        "test": 1,
+        "seed": 0,
+        "test_seed": 0,
+        "balanced": False,
+      },
+    }
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def write_list(path, *numbers):
+  path.parent.mkdir(exist_ok=True)
+  path.write_text("".join(f"data_0000{i}.npz\n" for i in numbers))
+  return str(path)
+
+
+def test_data_prepared_otherwise_is_refused(source, tmp_path):
+  data = tmp_path / "data"
+  split = write_list(tmp_path / "a" / "train.txt", 1, 2)
+  config = data_config(source=str(source), split=split)
+  fairseg.prepare(config, data)
+  fairseg.require_prepared(config, data)
+  other = write_list(tmp_path / "b" / "train.txt", 2, 3)
+  for field, value, message in (
+    ("split", other, r"split train.txt \(sha.*\), but data.split is train.txt"),
+    ("split", "use", r"split train.txt \(.*\), but data.split is use \(sha256"),
+    ("split", "gone.txt", r"but data.split is gone.txt\. Change data.split"),
+    ("crop", (44, 50), "crop none, but data.crop is 44 x 50"),
+    ("size", (40, 40), "size 40 x 48, but data.size is 40 x 40"),
+    ("num_points", 32, "num_points 64, but data.num_points is 32"),
+    ("source", "phantom", "source .*source, but data.source is phantom, bal"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      fairseg.require_prepared(
+        data_config(**{"source": str(source), "split": split, field: value}),
+        data,
+      )
+  with pytest.raises(
+    ValueError, match=r"Change data\.size, data\.num_points, "
+  ):
+    fairseg.require_prepared(
+      data_config(source=str(source), split=split, size=(32, 32), num_points=8),
+      data,
+    )
+
+
+def test_directories_and_lists_may_be_moved(source, tmp_path):
+  data = tmp_path / "data"
+  split = write_list(tmp_path / "train.txt", 1, 2)
+  config = data_config(source=str(source), split=split)
+  report = fairseg.prepare(config, data)
+  moved = tmp_path / "moved"
+  moved.mkdir()
+  for path in (source, data, tmp_path / "train.txt"):
+    shutil.move(path, moved / path.name)
+  fairseg.require_prepared(config, moved / "data")
+  config.source = str(moved / "source")
+  config.split = write_list(tmp_path / "copy.txt", 2, 1)
+  fairseg.require_prepared(config, moved / "data")
+  assert fairseg.prepare(config, moved / "data") == report
+  config.source = ""
+  fairseg.require_prepared(config, moved / "data")
+
+
+def test_other_patients_are_refused(source, tmp_path):
+  data = tmp_path / "data"
+  fairseg.prepare(data_config(source=str(source)), data)
+  other = shutil.copytree(source, tmp_path / "other")
+  fairseg.require_prepared(data_config(source=str(other)), data)
+  np.savez(other / "data_00009.npz", **patient())
+  with pytest.raises(ValueError, match="source .*source, but data.source is "):
+    fairseg.require_prepared(data_config(source=str(other)), data)
+  # Where files were added later, what was prepared is what was asked for; but
+  # asked to prepare it again, one wants the new ones.
+  np.savez(source / "data_00009.npz", **patient())
+  fairseg.require_prepared(data_config(source=str(source)), data)
+  with pytest.raises(FileExistsError, match=r"files 3 \(.*now 4 \("):
+    fairseg.prepare(data_config(source=str(source)), data)
+
+
+def test_another_use_of_the_csv_is_refused(source, tmp_path):
+  data, config = tmp_path / "data", data_config(source=str(source))
+  fairseg.prepare(config, data)
+  uses = {"data_00001": "test", "data_00002": "train", "data_00003": "test"}
+  write_csv(source, uses)
+  message = r"split use \(sha256 .*\), but data.split is use \(sha256 .*\)\."
+  with pytest.raises(ValueError, match=message):
+    fairseg.require_prepared(config, data)
+
+
+def test_other_phantoms_are_refused(tmp_path):
+  config = data_config(source="phantom", size=(32, 32), num_points=32)
+  fairseg.prepare(config, tmp_path)
+  fairseg.require_prepared(config, tmp_path)
+  for field in ("train", "test", "seed", "test_seed", "balanced"):
+    other = config.copy_and_resolve_references()
+    other.phantom[field] = type(other.phantom[field])(12)
+    with pytest.raises(ValueError, match=f"source phantom.* {field} .*phantom"):
+      fairseg.require_prepared(other, tmp_path)
+  other = data_config(source="/gone", size=(32, 32), num_points=32)
+  with pytest.raises(ValueError, match=r"but data\.source is /gone"):
+    fairseg.require_prepared(other, tmp_path)
+
+
+def test_what_is_missing_is_asked_for_and_nothing_else(source, tmp_path):
+  data = tmp_path / "not yet"
+  command = "python launch/prepare.py --config CONFIG --config.data.source="
+  where = f"--config.data.directory='{data}'"
+  with pytest.raises(FileNotFoundError) as error:
+    fairseg.require_prepared(data_config(source=str(source)), data)
+  assert f"{command}{source} {where}" in str(error.value)
+  with pytest.raises(FileNotFoundError) as error:
+    fairseg.load(data, "train")
+  assert f"{command}NPZ_DIRECTORY {where}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"attribute": "rase"}, "No attribute 'rase'. Did you mean 'race'"),
+    ({"source": ""}, "data.source is empty; give --config.data.source="),
+  ],
+)
+def test_prepare_refuses_before_it_reads(source, tmp_path, changes, message):
+  config = data_config(**{"source": str(source)} | changes)
+  with pytest.raises(ValueError, match=message):
+    fairseg.prepare(config, tmp_path / "data")
+  assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["a[1]", "b\\c"])
+@pytest.mark.parametrize("made_up", [True, False])
+def test_paths_that_cannot_be_read_again_are_refused(
+  source, tmp_path, name, made_up
+):
+  config = data_config(source="phantom" if made_up else str(source))
+  with pytest.raises(ValueError, match="could not be read again, because of"):
+    fairseg.prepare(config, tmp_path / name)
+  assert not (tmp_path / name).exists()
+  source.rename(tmp_path / name)  # patients may lie anywhere
+  assert fairseg.check(tmp_path / name, progress=False).usable == 3
+  config.source = str(tmp_path / name)
+  assert fairseg.prepare(config, tmp_path / "data").usable == 3
+
+
+def test_digest_is_that_of_the_cases(source, tmp_path):
+  def digest(name, **options):
+    fairseg.build(source, tmp_path / name, **BUILD | options)
+    return fairseg.digest(tmp_path / name)
+
+  first = digest("first")
+  assert len(first) == 64
+  assert digest("same") == first
+  assert digest("points", num_points=32) != first
+  assert digest("size", size=(40, 40)) != first
+  found = [first]
+  for i, changes in enumerate(({"race": 0}, {"slo_fundus": patient()})):
+    if i:
+      changes = {"slo_fundus": np.flipud(patient()["slo_fundus"])}
+    np.savez(source / "data_00003.npz", **patient(**changes))
+    found.append(digest(f"case {i}"))
+  write_csv(source, {f"data_0000{i}": "training" for i in (1, 2, 3)})
+  found.append(digest("split"))
+  (source / "data_00003.npz").rename(source / "data_00004.npz")
+  write_csv(source, {f"data_0000{i}": "training" for i in (1, 2, 4)})
+  found.append(digest("name"))
+  assert len(set(found)) == len(found)
+
+
+def test_digest_of_data_that_has_none(source, tmp_path):
+  """Earlier versions stored fewer facts."""
+  data = tmp_path / "data"
+  fairseg.build(source, data, **BUILD)
+  digest = fairseg.digest(data)
+  (path,) = data.glob("fair_seg/*/metadata.json")
+  facts = json.loads(path.read_text())
+  for key in ("digests", "left_out", "round_trip", "worst"):
+    del facts[key]
+  facts["settings"] |= {"split": "use", "source": "/elsewhere"}
+  del facts["settings"]["files"]
+  path.write_text(json.dumps(facts))
+  assert fairseg.digest(data) == digest
+  fairseg.require_prepared(data_config(source=str(source)), data)
+  assert "3 cases usable" in str(fairseg.check(data))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  root = tmp_path_factory.mktemp("prepared")
+  fairseg.build(write_source(root / "source"), root / "data", **BUILD)
+  files = sorted((root / "data").glob("fair_seg/*/*"))
+  return root, {path: path.read_bytes() for path in files}
+
+
+def read_all(directory):
+  return [fairseg.load(directory, s, progress=False) for s in ("train", "test")]
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut"])
+def test_damaged_prepared_data_is_named(prepared, number, damage):
+  root, contents = prepared
+  path, content = list(contents.items())[number]
+  if damage == "missing":
+    path.unlink()
+  else:
+    cut = content[: len(content) // 2]
+    path.write_bytes({"empty": b"", "text": b"text", "cut": cut}[damage])
+  build = [root / "source", root / "data"]
+  try:
+    remedy = r"the prepared data is damaged .*; delete .*1\.0\.0 and prepare it"
+    with pytest.raises(ValueError, match=remedy) as error:
+      read_all(root / "data")
+    assert str(root / "data") in str(error.value)
+    if path.suffix == ".json":  # nor is it taken for prepared
+      with pytest.raises(ValueError, match=remedy):
+        fairseg.build(*build, **BUILD)
+  finally:
+    path.write_bytes(content)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.data())
+def test_changed_bytes_are_noticed_or_harmless(prepared, data):
+  root, contents = prepared
+  path, content = data.draw(st.sampled_from(list(contents.items())))
+  changed = bytearray(content)
+  last = min(len(content), 20_000) - 1  # shards are filled up with zeros
+  for _ in range(data.draw(st.integers(1, 3))):
+    changed[data.draw(st.integers(0, last))] = data.draw(st.integers(0, 255))
+  path.write_bytes(changed)
+  try:
+    found = read_all(root / "data")
+  except ValueError as error:
+    assert str(root / "data") in str(error)
+    return
+  finally:
+    path.write_bytes(content)
+  for cases, expected in zip(found, read_all(root / "data"), strict=True):
+    assert cases.name == expected.name
+    np.testing.assert_array_equal(cases.image, expected.image)
+    np.testing.assert_array_equal(cases.points, expected.points)
+
+
+def test_cases_that_were_not_prepared_are_noticed(prepared):
+  """Sound files, of other cases."""
+  root, contents = prepared
+  test, train = (p for p in contents if "array_record" in p.name)
+  test.write_bytes(contents[train])
+  try:
+    with pytest.raises(ValueError, match="not those that were prepared"):
+      fairseg.load(root / "data", "test", progress=False)
+  finally:
+    test.write_bytes(contents[test])
+
+
+def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
+  def full(*args, **kwargs):
+    raise RuntimeError("write() failed: No space left on device")
+
+  monkeypatch.setattr(fairseg.FairSeg, "download_and_prepare", full)
+  with pytest.raises(OSError, match=r"data: .*No space left .*; make room"):
+    fairseg.build(source, tmp_path / "data", **BUILD)
