@@ -525,7 +525,8 @@ def _chart(rows: Rows, cls: str, groups: Mapping[str, int]) -> str:
       value, interval = _value_cell(of["es", ""])
       dots = [f"{g} {_points(of['group', g]['value'])}" for g in groups]
       alt.append(f"{method}: {value} ({interval}); {', '.join(dots)}.")
-    axes.set_yticks(y, [textwrap.fill(method, 18) for method in methods])
+    names = [textwrap.fill(m, 18, break_long_words=False) for m in methods]
+    axes.set_yticks(y, names)
     axes.set_ylim(len(methods) - 0.4, -0.5)
     axes.set(title=f"{cls.title()}, Dice", xlabel="Dice times 100")
     axes.tick_params(axis="y", length=0)
@@ -538,6 +539,7 @@ def _page(
 ) -> str:
   def text(cell):
     value, detail = map(report.escape, cell)
+    value = value.replace(" ± ", "&nbsp;±&nbsp;")
     return f"{value}<br><small>{detail}</small>" if detail else value
 
   sections = [

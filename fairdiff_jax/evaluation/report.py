@@ -79,7 +79,8 @@ overflow-wrap:normal}
 th,td{padding:.35rem .75rem;text-align:right;white-space:nowrap;
 vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600}thead th{vertical-align:bottom}
-th:first-child{text-align:left}th[scope=row]{font-weight:400}
+th:first-child{text-align:left}th[scope=row]{font-weight:400;
+white-space:normal;min-width:8rem;max-width:14rem;overflow-wrap:break-word}
 th[scope=rowgroup]{padding-top:1rem}tbody{border-bottom:2px solid var(--line)}
 td small{white-space:nowrap}
 .better{color:var(--good)}.worse{color:var(--bad)}
@@ -101,7 +102,8 @@ gap:.35rem 1.25rem;margin:.75rem 0}
 dt{font-weight:600}dd{margin:0;max-width:46rem}
 @media(max-width:600px){body{padding:1.25rem 1rem 3rem}h1{font-size:1.4rem}
 .strip{grid-template-columns:repeat(4,1fr)}table{font-size:.9rem}
-th,td{padding:.35rem .4rem;white-space:normal}th:first-child{min-width:5rem}
+th,td{padding:.35rem .4rem;white-space:normal}
+.scroll th:first-child{min-width:5rem;max-width:8rem}
 td small{font-size:.75rem}
 dl{display:block}dd{margin-bottom:.6rem}}
 """
@@ -149,7 +151,7 @@ GLOSSARY = {
   " ES-Dice and gap, it is the share of exchanges of the two models' results of"
   " a case that set them as far apart: of all exchanges, or of 2,000 where more"
   f" than {uncertainty.ALL_EXCHANGES} cases differ. With more cases it is the"
-  " paired bootstrap's. Of n cases that differ, no p is below 2 / 2ⁿ; fewer"
+  " paired bootstrap's. Of n cases that differ, no p is below 2/2ⁿ; fewer"
   f" than {uncertainty.MIN_TESTED} cases have none.",
   "Groups": "Means over the cases of a group. Cases of unknown group count in"
   " the overall mean only.",
