@@ -165,7 +165,7 @@ def test_an_export_can_be_prepared(exported, tmp_path):
   report = fairseg.check(exported, progress=False)
   assert (report.usable, report.set_aside) == (11, [])
   report = fairseg.build(
-    exported, tmp_path, size=(32, 32), num_points=32, progress=False
+    exported, tmp_path, size=(32, 32), num_points=64, progress=False
   )
   assert report.counts["train"]["race"] == {
     "Asian": 5,

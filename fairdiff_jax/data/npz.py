@@ -154,9 +154,6 @@ def write_summary(
   files.write_csv(Path(directory) / SUMMARY, columns, table)
 
 
-write_atomically = files.write
-
-
 def find_summary(source: Path) -> Path | None:
   places = (source, source / "ReadMe", source.parent / "ReadMe")
   return next((p / SUMMARY for p in places if (p / SUMMARY).is_file()), None)

@@ -120,7 +120,7 @@ def export(
         path, name = paths[i], names[group[i]]
         if path.name in lines:
           continue
-        codes = attributes_of(attribute, name)
+        codes = attributes_of(attribute, name, config.data.pooled)
         with _made_beside(path) as made:
           npz.write_case(
             made, image, mask, codes, synthetic=1, attempts=attempts
@@ -140,7 +140,7 @@ def export(
     rows = [
       {
         "filename": path.name,
-        **attributes_of(attribute, names[code]),
+        **attributes_of(attribute, names[code], config.data.pooled),
         "use": "training",
         "synthetic": 1,
       }
