@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
-from fairdiff_jax.data.fairseg import Cases, check, load
+from fairdiff_jax.data.fairseg import Cases, check, digest, load
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
@@ -23,7 +23,7 @@ from fairdiff_jax.training.banks import bank_directory, read_bank
 from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.mesh import map_batch
 from fairdiff_jax.training.pools import case_groups
-from fairdiff_jax.training.schedule import bank_step
+from fairdiff_jax.training.schedule import bank_step, learning_steps
 from fairdiff_jax.training.setup import Setup, setup
 
 BASELINE = "Baseline (ERM)"
@@ -163,16 +163,22 @@ def evaluate(
 
   Raises:
     FileNotFoundError: no such run, or it has no checkpoint.
-    ValueError: unknown definitions.
+    ValueError: unknown definitions, or other data than the run was trained on.
   """
   workdir = Path(workdir)
-  config = configs.load(workdir)
+  record = configs.load_record(workdir)
+  config = record.config
   evaluation = evaluation or config.evaluation
   definitions = definitions_of(evaluation)
   run = setup(config)
   step, inference = restore_inference(workdir, run.objective, run.abstract)
   names, tasks = run.objective.group_names, run.objective.tasks.keys()
   data = configs.data_directory(config, workdir)
+  if record.data not in ("", found := digest(data)):
+    raise ValueError(
+      f"{data} holds other cases ({found[:12]}) than the run in {workdir} was"
+      f" trained on ({record.data[:12]}); put those back"
+    )
   train = load(data, "train")
   test = _load_test(data, train)
   train_group, test_group = (case_groups(config, c) for c in (train, test))
@@ -184,13 +190,16 @@ def evaluate(
   generates = {"points", "image"} <= tasks
   subject = "FairDiff, joint" if generates else "Segmenter"
   predictors = {}
-  if "segmenter" in tasks:
+  reason = "the run trains no segmenter (train.segmenter is empty)"
+  first, _ = learning_steps(config, "segmenter")
+  if step <= first:
+    reason = f"at step {step} the segmenter has not learned yet"
+  elif "segmenter" in tasks:
     predictors[subject] = make_predictor(run, inference, size)
     baseline, missing = _baseline_predictor(workdir, size)
     if baseline:
       predictors[BASELINE] = baseline
     notices += missing
-  reason = "the run trains no segmenter (train.segmenter is empty)"
   if not test.name:
     reason = f"there is no test case in {data}"
   predictions = {}
@@ -251,6 +260,13 @@ def evaluate(
       "test cases": len(test.name),
       report.TEST_DIGEST: _digest(test),
       "steps": step,
+      **{
+        f"changed at step {change['step']}": "; ".join(
+          f"{name}: {old} before, {new} then"
+          for name, (old, new) in change["fields"].items()
+        )
+        for change in record.changes
+      },
       "bank in use at the end": bank,
       "fairness method": config.fairness.method,
       "data strategy": config.fairness.strategy,
