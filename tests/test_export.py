@@ -46,6 +46,7 @@ def save_initial(config, workdir, cases):
 def config():
   config = get_config("smoke").unlock()
   config.bank.harmonics = 1  # curves of an untrained model are too ragged
+  config.bank.min_solidity = 0.9
   return config.lock()
 
 
