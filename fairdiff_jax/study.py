@@ -37,14 +37,20 @@ def configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
   return config
 
 
-def _run(config: ConfigDict, workdir: Path) -> Path:
-  """Runs an experiment unless it has its report, complete and undamaged."""
+def _run(config: ConfigDict, workdir: Path, proceed: bool = False) -> Path:
+  """Runs an experiment unless it has its report, complete and undamaged.
+
+  Args:
+    config: what to do.
+    workdir: where.
+    proceed: whether it may start from the checkpoint of another method.
+  """
   configs.require(workdir, config)
   try:
     _score(workdir)
   except (OSError, ValueError):
     print(f"study: {workdir}", flush=True)
-    if not experiment.run(config, workdir):
+    if not experiment.run(config, workdir, proceed=proceed):
       raise Stopped(f"stopped in {workdir}; the same command goes on") from None
   return workdir
 
@@ -142,7 +148,7 @@ def run(
           shutil.copytree(source / part, temporary / part)
       changes = {"seed": seed, "data.phantom.seed": seed, **changes}
       config = configure(base, changes | chosen.get(name, {}))
-      runs[name].append(_run(config, workdir))
+      runs[name].append(_run(config, workdir, proceed=name in shared))
   out = directory / "comparison"
   shutil.rmtree(out, ignore_errors=True)
   compare_runs(runs, out, reference=reference, ceiling=ceiling)

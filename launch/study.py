@@ -6,9 +6,6 @@ python launch/study.py --workdir runs/study
 import cli
 from absl import flags
 
-from configs import phantom, phantom_study
-from fairdiff_jax import study
-
 WORKDIR = flags.DEFINE_string(
   "workdir", "runs/study", "Directory of the study."
 )
@@ -16,6 +13,9 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
 
 
 def main(_):
+  from configs import phantom, phantom_study
+  from fairdiff_jax import study
+
   try:
     page = study.run(
       phantom.get_config(),

@@ -289,7 +289,7 @@ def test_what_else_a_checkpoint_needs_is_part_of_it(tmp_path, abstract):
 def test_prune_keeps_the_banks_that_are_needed(tmp_path):
   for step in (2, 6, 10):
     bank_directory(tmp_path, step).mkdir(parents=True)
-  prune(tmp_path, {6, 10})
+  prune(tmp_path, {"step_00000006", "step_00000010"})
   assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == [
     "step_00000006",
     "step_00000010",

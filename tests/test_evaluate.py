@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def save(data):
-  """Makes a run that has learned nothing: (workdir, config's changes)."""
+  """Makes a run that seems to be trained: (workdir, config's changes)."""
 
   def save(workdir, **changes):
     config = smoke(**{"data.directory": str(data)} | changes)
@@ -52,6 +52,7 @@ def save(data):
     cases = fairseg.load(config.data.directory, "train", progress=False)
     checkpoints = Checkpoints(workdir)
     state = initial_state(run, cases, case_groups(config, cases))
+    state = state.replace(step=state.step + config.train.steps)
     checkpoints.save(state, facts={})
     checkpoints.close()
     return workdir

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs.base import base_config
+from fairdiff_jax.config import defaults
 from fairdiff_jax.fairness.regularizers import (
   METHODS,
   DiceTerms,
@@ -29,7 +29,7 @@ seeds = st.integers(0, 2**20)
 
 
 def build(method, dice_weight=0.5, **options):
-  config = base_config().fairness
+  config = defaults().fairness
   config.update(dict(method=method, step_size=0.5, adjustment=2.0) | options)
   return make_regularizer(config, dice_weight)
 

@@ -1,5 +1,6 @@
 """What a command line gets wrong is said at once, and help helps."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,26 @@ SCRIPTS = sorted(
 SMOKE = ("--config", "configs/phantom.py:smoke")
 
 
-def launch(script, *arguments):
+OPTIONAL = ("torch", "transformers", "diffusers", "segment_anything", "medpy")
+HEAVY = ("jax", "flax", "scipy", "cv2", "safetensors", "tensorflow_datasets")
+START = """
+import runpy, sys
+script, missing, *sys.argv[1:] = sys.argv[1:]
+sys.modules |= dict.fromkeys(missing.split(","))
+sys.argv[0] = script
+sys.path.insert(0, "launch")
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def launch(script, *arguments, missing=("none",)):
+  """Runs a script where some packages cannot be imported."""
+  path = f"launch/{script}.py"
+  start = [sys.executable, "-c", START, path, ",".join(missing)]
   return subprocess.run(
-    [sys.executable, f"launch/{script}.py", *map(str, arguments)],
+    [*start, *map(str, arguments)],
     cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=120,
@@ -35,29 +52,18 @@ def error_of(done):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_no_error(script):
-  done = launch(script, "--help")
+def test_help_needs_nothing(script):
+  done = launch(script, "--help", missing=(*OPTIONAL, *HEAVY))
   assert (done.returncode, done.stderr) == (0, "")
   first, *lines = done.stdout.splitlines()
   assert first.endswith((".", ":"))
   assert "Flags:" in lines
 
 
-def test_a_refusal_imports_little():
-  code = """
-import runpy, sys
-sys.argv = ["launch/train.py", "--workdir=none", "--wrong"]
-sys.path.insert(0, "launch")
-try:
-  runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-  print("jax" in sys.modules, "tensorflow_datasets" in sys.modules)
-"""
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-  )
-  assert "wrong" in error_of(done)
-  assert done.stdout == "False False\n"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_typo_is_refused_at_once(script):
+  done = launch(script, "--ruonds=1", missing=(*OPTIONAL, *HEAVY))
+  assert "ruonds" in error_of(done)
 
 
 def test_help_shows_fields_and_variants():
@@ -154,3 +160,52 @@ def test_a_work_directory_that_could_not_be_read_again(tmp_path):
   done = launch("train", *SMOKE, "--workdir", tmp_path / "run[1]")
   assert "choose a path without" in error_of(done)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "package"),
+  [
+    ("import_weights", ("--source=.", "--out=none"), "transformers"),
+    ("benchmark_metrics", (), "medpy"),
+    ("benchmark_segmenters", (), "torch"),
+  ],
+)
+def test_a_missing_package_is_named(script, arguments, package):
+  done = launch(script, *arguments, missing=OPTIONAL)
+  message = f"error: this command needs {package}: pip install {package}\n"
+  assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "message"),
+  [
+    (
+      "benchmark_segmenters",
+      ("--networks=sam",),
+      "--networks has sam; use sam",
+    ),
+    (
+      "benchmark_intervals",
+      ("--equity=es",),
+      "--equity=es is unknown; use one",
+    ),
+    (
+      "benchmark",
+      ("--config=configs/phantom.py:smoke", "--field=image.ptch"),
+      "--field=image.ptch is no field of the config",
+    ),
+    (
+      "benchmark",
+      (
+        *("--config=configs/phantom.py:smoke", "--field=fairness.weight"),
+        "--values=0.1,much",
+      ),
+      "--values: fairness.weight cannot be much",
+    ),
+  ],
+)
+def test_values_are_checked_before_anything_runs(script, arguments, message):
+  done = launch(script, *arguments)
+  assert done.returncode == 1
+  assert done.stderr.startswith(f"error: {message}"), done.stderr
+  assert done.stderr.count("\n") == 1

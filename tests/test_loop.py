@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 
 from configs.phantom import get_config
+from fairdiff_jax import files
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.fairness.risk import RunningRisk
@@ -43,7 +45,7 @@ def make_config(**changes):
   config = get_config("smoke")
   config.update_from_flattened_dict(
     {
-      "data.size": (4, 4),
+      "data.size": (8, 8),
       "data.augment": False,
       "train.steps": TOTAL,
       "train.points": (0, TOTAL),
@@ -65,8 +67,8 @@ def make_cases():
   n = len(group)
   return Cases(
     name=[f"case_{i}" for i in range(n)],
-    image=np.zeros((n, 4, 4), np.uint8),
-    mask=np.zeros((n, 4, 4), np.uint8),
+    image=np.zeros((n, 8, 8), np.uint8),
+    mask=np.zeros((n, 8, 8), np.uint8),
     points=np.zeros((n, 32, 3), np.float32),
     attributes={a: group for a in ATTRIBUTES},
   )
@@ -124,7 +126,7 @@ def world(monkeypatch):
     def generate(inference, seed, number, group):
       world.at.get(("batch", len(world.generated)), lambda: None)()
       world.generated.append((seed, *number))
-      image = np.full((len(number), 4, 4), 7, np.uint8)
+      image = np.full((len(number), 8, 8), 7, np.uint8)
       image[:, 0, 0], image[:, 0, 1] = number, inference["ema"]["network"][0]
       fault = np.array([world.faults.get(int(n), "") for n in number])
       return Generated(image, image % 3, np.ones(len(number), int), fault)
@@ -271,10 +273,12 @@ def reference(tmp_path_factory, world):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_the_same_command_resumes(
-  tmp_path, world, reference, name, capsys
+  tmp_path, world, reference, name, capsys, request
 ):
   number = getattr(signal, name)
-  before = signal.getsignal(number)
+  before = signal.default_int_handler  # even where the tests ignore signals
+  request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
+  signal.signal(number, before)
   world.at["step", 3] = asks(number)
   assert run(tmp_path, **{"checkpoint.every": 3}) is None
   assert signal.getsignal(number) is before
@@ -397,6 +401,7 @@ print("saved")
 
 def test_a_second_interrupt_ends_the_process():
   code = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even if ignored
 stop = Termination()
 os.kill(os.getpid(), signal.SIGINT)
 print(stop(), flush=True)
@@ -415,6 +420,7 @@ def test_a_closed_terminal_does_not_end_a_run():
 reader, writer = os.pipe()
 os.dup2(writer, 2)
 os.close(writer)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even under nohup
 stop = Termination()
 os.close(reader)
 os.kill(os.getpid(), signal.SIGHUP)
@@ -445,8 +451,14 @@ def test_complete_is_said_of_what_is_complete(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_kill_are_removed(tmp_path):
+  with (
+    pytest.raises(KeyboardInterrupt),
+    files.new_directory(tmp_path / "bank" / "step_00000002") as mine,
+  ):
+    raise KeyboardInterrupt
+  dead = mine.name.replace(str(os.getpid()), str(2**22 + 1))
   leftovers = [
-    tmp_path / "bank" / "incomplete_step_00000002_99",
+    tmp_path / "bank" / dead,
     tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp",
   ]
   for directory in leftovers:

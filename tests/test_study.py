@@ -24,8 +24,13 @@ def done(monkeypatch):
   """The runs that were made: (directory's name, config)."""
   done = []
 
-  def run(config, workdir):
+  def run(config, workdir, *, proceed):
     done.append((workdir.name, config))
+    # Only what takes another's checkpoint over may go on from it.
+    taken = {
+      f"{study._slug(name)}_{seed}" for name in SHARED for seed in (0, 1)
+    }
+    assert proceed == (workdir.name in taken)
     figure = 1 - abs(config.fairness.temperature - 0.2)
     figures = {cls: {"dice": {"es": figure}} for cls in ("cup", "rim")}
     (workdir / "report").mkdir(parents=True, exist_ok=True)
@@ -130,7 +135,7 @@ def test_a_setting_without_a_score_is_not_chosen(tmp_path, monkeypatch):
 
 
 def test_a_stopped_study_says_so(tmp_path, monkeypatch):
-  monkeypatch.setattr(experiment, "run", lambda *_: False)
+  monkeypatch.setattr(experiment, "run", lambda *_, **__: False)
   with pytest.raises(study.Stopped, match="the same command goes on"):
     call(tmp_path)
 

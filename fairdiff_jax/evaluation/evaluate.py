@@ -190,11 +190,12 @@ def evaluate(
   generates = {"points", "image"} <= tasks
   subject = "FairDiff, joint" if generates else "Segmenter"
   predictors = {}
-  reason = "the run trains no segmenter (train.segmenter is empty)"
-  first, _ = learning_steps(config, "segmenter")
-  if step <= first:
+  reason = ""
+  if "segmenter" not in tasks:
+    reason = "the run trains no segmenter (train.segmenter is empty)"
+  elif step <= learning_steps(config, "segmenter")[0]:
     reason = f"at step {step} the segmenter has not learned yet"
-  elif "segmenter" in tasks:
+  else:
     predictors[subject] = make_predictor(run, inference, size)
     baseline, missing = _baseline_predictor(workdir, size)
     if baseline:
