@@ -95,6 +95,8 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
   fairseg.require_prepared(config.data, directory)
   cases = fairseg.load(directory, "train")
   config = pool_small_groups(config, cases)
+  if not fairseg.num_cases(directory, "test"):
+    _say(f"no test case is in {directory}: nothing will be said of fairness")
   data = fairseg.digest(directory)
   state = train(
     config,

@@ -24,13 +24,18 @@ NO_TPU = {
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "TPUs, all chips.")
 CASES = flags.DEFINE_integer(
-  "cases_per_chip", 4, "Sets both batches: so many cases on every chip."
+  "cases_per_chip",
+  4,
+  "Sets both batches: so many cases on every chip.",
+  lower_bound=1,
 )
 JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
 
 
 def main(_):
   config = cli.config()
+  if JSON.value and os.path.exists(JSON.value):
+    raise FileExistsError(f"--json {JSON.value} exists; it is not overwritten")
   import jax
 
   from fairdiff_jax.training import ahead_of_time

@@ -301,3 +301,11 @@ def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
   monkeypatch.setattr(fairseg.FairSeg, "download_and_prepare", full)
   with pytest.raises(OSError, match=r"data: .*No space left .*; make room"):
     fairseg.build(source, tmp_path / "data", **BUILD)
+
+
+def test_the_cases_of_a_split_are_counted(source, tmp_path):
+  directory = tmp_path / "data"
+  fairseg.build(source, directory, **BUILD)
+  train = fairseg.load(directory, "train", progress=False)
+  assert fairseg.num_cases(directory, "train") == len(train.name) > 0
+  assert fairseg.num_cases(directory, "another") == 0

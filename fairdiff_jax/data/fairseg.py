@@ -253,6 +253,16 @@ def load(
   return cases
 
 
+def num_cases(directory: str | os.PathLike, split: str) -> int:
+  """Cases of a split of prepared data; 0 where there is no such split.
+
+  Raises:
+    FileNotFoundError: the directory is not prepared.
+  """
+  counts = _require(directory).counts.get(split, {})
+  return sum(next(iter(counts.values()), {}).values())
+
+
 def digest(directory: str | os.PathLike) -> str:
   """SHA-256 of the prepared cases: names, pixels, points, attributes, splits.
 

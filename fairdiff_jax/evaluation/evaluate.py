@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
-from fairdiff_jax.data.fairseg import Cases, check, digest, load
+from fairdiff_jax.data.fairseg import Cases, digest, load, num_cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
@@ -282,8 +282,7 @@ def evaluate(
 
 def _load_test(directory: Path, train: Cases) -> Cases:
   """The test cases; no case where the data has no such split."""
-  counts = check(directory, progress=False).counts.get("test", {})
-  if any(sum(groups.values()) for groups in counts.values()):
+  if num_cases(directory, "test"):
     return load(directory, "test")
   image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
   attributes = {name: codes[:0] for name, codes in train.attributes.items()}
