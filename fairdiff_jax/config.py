@@ -206,7 +206,12 @@ FIELDS: dict[str, Any] = dict(
       0, "groups with fewer training cases become one, 'Other'", 0
     ),
     pooled=_names((), "those groups; found when the run starts, not given"),
-    augment=_flag(True, "quarter turns, flips, rotations by up to 20 degrees"),
+    augment=_choice(
+      "light",
+      "of the segmenter's cases: shapes, or strongly tones and noise as well;"
+      " generators see none or light",
+      *("none", "strong"),
+    ),
     phantom=dict(
       train=_whole(100, "training cases, in Harvard-FairSeg's proportions"),
       balanced=_flag(False, "as many of every group instead"),
@@ -633,6 +638,8 @@ def load_record(workdir: str | Path) -> Record:
     stored = {"config": stored}
   try:
     given = dict(_flatten(stored["config"]))
+    if isinstance(given.get("data.augment"), bool):  # before it had names
+      given["data.augment"] = "light" if given["data.augment"] else "none"
     record = Record(
       _build(given).lock(),
       stored.get("data", ""),

@@ -9,6 +9,7 @@ import pytest
 from configs import phantom
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data.augment import generators_recipe
 from fairdiff_jax.data.fairseg import Cases, load
 from fairdiff_jax.data.mixture import training_pool
 from fairdiff_jax.diffusion.samplers import check_solver, sampling_times
@@ -65,6 +66,7 @@ def names_in(field):
 @pytest.mark.parametrize(
   ("field", "use"),
   [
+    ("data.augment", lambda c: generators_recipe(c.data.augment)),
     ("fairness.method", lambda c: make_regularizer(c.fairness)),
     ("image.schedule", lambda c: make_schedule(c.image.schedule, 10)),
     ("image.spacing", lambda c: sampling_times(10, 5, c.image.spacing)),

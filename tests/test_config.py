@@ -148,7 +148,7 @@ def test_a_run_remembers_its_config(tmp_path):
 def test_a_run_older_than_a_field_has_its_default(tmp_path):
   old = configs.defaults().to_dict()
   del old["train"]["ema_decay"], old["bank"]
-  old["gone"] = 1
+  old["gone"], old["data"]["augment"] = 1, True
   (tmp_path / configs.FILE).write_text(json.dumps(old))  # before versions
   assert configs.load(tmp_path).to_dict() == configs.defaults().to_dict()
   configs.require(tmp_path, configs.defaults())

@@ -46,7 +46,7 @@ def make_config(**changes):
   config.update_from_flattened_dict(
     {
       "data.size": (8, 8),
-      "data.augment": False,
+      "data.augment": "none",
       "train.steps": TOTAL,
       "train.points": (0, TOTAL),
       "train.image": (0, TOTAL),

@@ -1,4 +1,4 @@
-"""Mixtures, batches as pure functions of (seed, step), augmentation."""
+"""Mixtures, and batches as pure functions of (seed, step)."""
 
 from collections import Counter
 
@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 
 from fairdiff_jax.data import loader, mixture
-from fairdiff_jax.data.augment import augment
-from fairdiff_jax.data.contours import mask_to_points, points_to_mask
-from fairdiff_jax.data.phantom import generate
 
 GROUP = np.array([0] * 2 + [1] * 6 + [2] * 3 + [-1])
 NAMES = ("A", "B", "C")
@@ -123,7 +120,7 @@ def make_pool(n=10, size=8, epoch=None):
   )
 
 
-def batch(pool, step=0, rows=slice(0, 8), seed=3, augmented=True):
+def batch(pool, step=0, rows=slice(0, 8), seed=3, recipe="strong"):
   return loader.make_batch(
     pool,
     seed=seed,
@@ -131,7 +128,7 @@ def batch(pool, step=0, rows=slice(0, 8), seed=3, augmented=True):
     step=step,
     size=8,
     rows=rows,
-    augmented=augmented,
+    recipe=recipe,
   )
 
 
@@ -174,7 +171,7 @@ def test_host_slices_make_the_global_batch():
 def test_batch_contents_and_types():
   pool = make_pool()
   before = [x.copy() for x in pool[1:5]]
-  found = batch(pool, augmented=False)
+  found = batch(pool, recipe="none")
   index = loader.draw(pool.epoch, seed=3, stream=1, step=0, size=8)
   expected = pool.image[index].astype(np.float64) / 127.5 - 1
   np.testing.assert_allclose(found["image"][..., 0], expected, atol=1e-6)
@@ -203,38 +200,3 @@ def test_prefetcher_builds_each_batch_once():
   assert prefetch(2, following=3) == 2
   assert prefetch(7, following=None) == 7  # not what was announced
   prefetch.close()
-
-
-def dice(a, b):
-  return 2 * (a & b).sum() / (a.sum() + b.sum())
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (48, 64)])
-def test_augmentation_keeps_image_mask_and_points_together(shape):
-  _, mask = generate(rng(2), 0, shape=shape)
-  points = mask_to_points(mask, 256)
-  image = (mask * 100).astype(np.uint8)
-  worst, kinds = 1.0, set()
-  for seed in range(24):
-    turned, moved, cloud = augment(rng(seed), image, mask, points)
-    assert turned.shape == moved.shape == shape
-    assert cloud.shape == points.shape and cloud.dtype == np.float32
-    np.testing.assert_array_equal(cloud[:, 2], points[:, 2])
-    kinds.add(bytes(moved))
-    drawn = points_to_mask(cloud, shape)
-    seen = np.round(turned / 100)
-    for label in (1, 2):
-      worst = min(
-        worst,
-        dice(drawn >= label, moved >= label),
-        dice(seen >= label, moved >= label),
-      )
-  assert worst > 0.9
-  assert len(kinds) > 5
-
-
-def test_augmentation_takes_cases_without_points():
-  image, mask = generate(rng(), 1)
-  for seed in range(8):
-    *_, points = augment(rng(seed), image, mask, np.empty((0, 3), np.float32))
-    assert points.shape == (0, 3)

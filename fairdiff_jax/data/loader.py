@@ -56,7 +56,7 @@ def draw(
 
 
 def normalize(image: np.ndarray) -> np.ndarray:
-  """uint8 [..., H, W] -> float32 [..., H, W, 1] in [-1, 1]."""
+  """Grey levels [..., H, W] -> float32 [..., H, W, 1]; 0..255 is [-1, 1]."""
   return (image.astype(np.float32) / 127.5 - 1)[..., None]
 
 
@@ -68,7 +68,7 @@ def make_batch(
   step: int,
   size: int,
   rows: slice,
-  augmented: bool,
+  recipe: str,
 ) -> dict[str, np.ndarray]:
   """This host's rows of a step's global batch.
 
@@ -79,9 +79,9 @@ def make_batch(
     step: the step.
     size: global batch size B.
     rows: which of the B rows this host builds.
-    augmented: whether cases are augmented, each from a generator of its own,
-      seeded by (seed, stream, step, row). Cases with latents never are: their
-      masks would no longer be those of the encoded images.
+    recipe: how cases are augmented, as for `augment`, each from a generator
+      of its own, seeded by (seed, stream, step, row). Cases with latents never
+      are: their masks would no longer be those of the encoded images.
 
   Returns:
     image [b, H, W, 1], or latent [b, h, w, 2 C] where the pool has them, mask
@@ -90,10 +90,12 @@ def make_batch(
   index = draw(pool.epoch, seed=seed, stream=stream, step=step, size=size)
   index = index[rows]
   image, mask, points = (x[index] for x in (pool.image, pool.mask, pool.points))
-  if augmented and pool.latent is None:
+  if recipe != "none" and pool.latent is None:
+    image = image.astype(np.float32)
     for i, row in enumerate(range(size)[rows]):
       rng = np.random.default_rng([seed, stream, step, row])
-      image[i], mask[i], points[i] = augment(rng, image[i], mask[i], points[i])
+      case = pool.image[index[i]], mask[i], points[i]
+      image[i], mask[i], points[i] = augment(recipe, rng, *case)
   if pool.latent is None:
     shown = {"image": normalize(image)}
   else:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fairdiff_jax.data import attributes
+from fairdiff_jax.data.augment import generators_recipe
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Pool, draw, make_batch
 from fairdiff_jax.data.mixture import (
@@ -53,6 +54,10 @@ class Pools:
     self._cases = cases
     self.group = case_groups(config, cases)
     self._group_names = group_names
+    self._recipes = {
+      "generation": generators_recipe(config.data.augment),
+      "segmentation": config.data.augment,
+    }
     self._rng = lambda n: np.random.default_rng(
       [config.seed, STREAMS["pools"], n]
     )
@@ -163,7 +168,7 @@ class Pools:
         step=step,
         size=size,
         rows=host_slice(size),
-        augmented=self._config.data.augment,
+        recipe=self._recipes[name],
       )
       for name, pool, size in self._parts(step)
     }

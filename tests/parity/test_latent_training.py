@@ -299,10 +299,10 @@ def test_cached_latents_give_the_losses_of_encoding(config, cases, data):
   )
   batches = [
     make_batch(
-      p, seed=0, stream=0, step=1, size=8, rows=slice(2, 8), augmented=augmented
+      p, seed=0, stream=0, step=1, size=8, rows=slice(2, 8), recipe=recipe
     )
     # What is encoded already stays as it is.
-    for p, augmented in ((pool, False), (pool._replace(latent=latent), True))
+    for p, recipe in ((pool, "none"), (pool._replace(latent=latent), "light"))
   ]
   assert "latent" not in batches[0] and "image" not in batches[1]
   task = image_task(config.image, GROUPS)
