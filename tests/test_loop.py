@@ -30,7 +30,7 @@ from fairdiff_jax.fairness.risk import RunningRisk
 from fairdiff_jax.objectives.joint import FairnessState
 from fairdiff_jax.synthesis import bank
 from fairdiff_jax.synthesis.generate import Generated
-from fairdiff_jax.training import checkpoint, loop, session
+from fairdiff_jax.training import checkpoint, loop, session, termination
 from fairdiff_jax.training.checkpoint import Checkpoints
 from fairdiff_jax.training.schedule import active_networks
 from fairdiff_jax.training.setup import Setup
@@ -358,6 +358,33 @@ def test_ignored_signals_stay_ignored(tmp_path, world):
     assert run(tmp_path) is not None
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+def test_hosts_meet_about_every_second(monkeypatch):
+  clock, asked = SimpleNamespace(now=0.0), []
+  elsewhere = False
+
+  def all_hosts(value):
+    asked.append(clock.now)
+    return value and not elsewhere
+
+  monkeypatch.setattr(termination.time, "monotonic", lambda: clock.now)
+  monkeypatch.setattr(termination.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(termination, "all_hosts", all_hosts)
+  monkeypatch.setattr(termination, "from_first_host", lambda value: value)
+  stop = termination.Termination()
+  try:
+    for seconds, met in ((0.2, 20), (0.01, 5), (4.0, 100)):
+      asked.clear()
+      stop()  # as while a phase is compiled
+      for _ in range(100):
+        clock.now += seconds
+        assert not stop.at_step()
+      assert met <= len(asked) <= met + 3
+    elsewhere = True  # another host was asked
+    assert stop.at_step()
+  finally:
+    stop.close()
 
 
 PROCESS = """

@@ -161,8 +161,8 @@ class Session:
     return not bank_directory(self._workdir, step).exists()
 
   def stop_if_asked(self):
-    """Raises Asked if the run was asked to stop."""
-    if self._stop():
+    """Raises Asked if the run was asked to stop before a step."""
+    if self._stop.at_step():
       raise Asked
 
   def compiled(self, key: tuple[str, ...] | str) -> Callable[..., Any]:
@@ -173,7 +173,8 @@ class Session:
       self._settle()
       began = time.monotonic()
       while not all_hosts(result.done()):
-        self.stop_if_asked()
+        if self._stop():
+          raise Asked
         waited = time.monotonic() - began
         self._journal.wait(f"compiling {what}, {waited:.0f} s")
         futures.wait([result], timeout=0.2)
@@ -267,7 +268,8 @@ class Session:
       self._checkpoints.wait()
     digest = fingerprint(self.state.params)
     self._journal.log(total, {"params_sha256": digest})
-    self.stop_if_asked()  # what would follow: baseline and report
+    if self._stop():  # what would follow: baseline and report
+      raise Asked
     self._status = 0
     return self.state
 
