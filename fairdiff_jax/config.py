@@ -59,14 +59,16 @@ def _is_real(value):
   return number and math.isfinite(value)
 
 
-def _whole(default: int, doc: str, low: int = 1, high: int | None = None):
-  allowed = f"a whole number of at least {low}"
+def _bounded(kind: str, is_kind, default, doc, low, high) -> Field:
+  allowed = f"{kind} of at least {low:g}"
   if high is not None:
-    allowed = f"a whole number from {low} to {high}"
+    allowed = f"{kind} from {low} to {high}"
   most = math.inf if high is None else high
-  return Field(
-    default, allowed, lambda x: _is_whole(x) and low <= x <= most, doc
-  )
+  return Field(default, allowed, lambda x: is_kind(x) and low <= x <= most, doc)
+
+
+def _whole(default: int, doc: str, low: int = 1, high: int | None = None):
+  return _bounded("a whole number", _is_whole, default, doc, low, high)
 
 
 def _seed(default: int, doc: str):
@@ -74,13 +76,7 @@ def _seed(default: int, doc: str):
 
 
 def _real(default: float, doc: str, low: float = 0, high: float | None = None):
-  allowed = f"a number of at least {low:g}"
-  if high is not None:
-    allowed = f"a number from {low:g} to {high:g}"
-  most = math.inf if high is None else high
-  return Field(
-    default, allowed, lambda x: _is_real(x) and low <= x <= most, doc
-  )
+  return _bounded("a number", _is_real, default, doc, low, high)
 
 
 def _positive(default: float, doc: str):
@@ -106,8 +102,6 @@ def _text(default: str, doc: str):
 def _wholes(default: Sequence[int], doc: str, least: int = 1):
   """Any number of whole numbers of at least 1, but no fewer than `least`."""
   allowed = "whole numbers of at least 1, such as (64, 96)"
-  if least:
-    allowed = f"at least {least} of {allowed}" if least > 1 else allowed
 
   def holds(x):
     return len(x) >= least and all(_is_whole(n) and n > 0 for n in x)
