@@ -3,8 +3,9 @@
 #
 #   launch/local_processes.sh N <arguments of train.py>
 #
-# If one process fails, the others are stopped; so they are on Ctrl-C. SIGTERM
-# is passed on: the run saves a checkpoint and the same command resumes it.
+# If one process fails, the others are stopped. SIGTERM, SIGHUP and Ctrl-C are
+# passed on: the run saves a checkpoint and the same command resumes it. A
+# second Ctrl-C ends all at once.
 set -euo pipefail
 
 count=${1:?usage: launch/local_processes.sh N <arguments of train.py>}
@@ -16,8 +17,9 @@ port=$("$python" -c \
 
 children=()
 trap 'kill -KILL "${children[@]}" 2>/dev/null || true' EXIT
-trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM
-trap 'exit 130' INT
+stop() { kill -TERM "${children[@]}" 2>/dev/null || true; }
+trap stop TERM HUP
+trap 'stop; trap "exit 130" INT' INT
 for ((i = 0; i < count; i++)); do
   "$python" "$folder/train.py" "$@" --distributed \
     --coordinator "localhost:$port" --processes "$count" --process "$i" &

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fairdiff_jax.training import checkpoint
-from fairdiff_jax.training.banks import bank_directory, prune
+from fairdiff_jax.training.banks import bank_directory, check_bank, prune
 from fairdiff_jax.training.checkpoint import Checkpoints, fingerprint
 from fairdiff_jax.training.step import TrainState
 
@@ -294,3 +294,13 @@ def test_prune_keeps_the_banks_that_are_needed(tmp_path):
     "step_00000006",
     "step_00000010",
   ]
+
+
+def test_checkpoints_of_the_first_versions_know_their_bank_by_name(tmp_path):
+  facts = {"bank": "step_00000006"}
+  with pytest.raises(ValueError, match="its bank .*step_00000006.* is missing"):
+    check_bank(tmp_path, facts)
+  directory = bank_directory(tmp_path, 6)
+  directory.mkdir(parents=True)
+  (directory / "cases.npz").touch()
+  check_bank(tmp_path, facts)

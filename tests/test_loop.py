@@ -387,6 +387,23 @@ def test_hosts_meet_about_every_second(monkeypatch):
     stop.close()
 
 
+def test_a_signal_while_hosts_meet_is_heard_the_next_time(monkeypatch):
+  asked = []
+
+  def all_hosts(value):
+    asked.append(value)
+    if len(asked) == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return value
+
+  monkeypatch.setattr(termination, "all_hosts", all_hosts)
+  stop = termination.Termination()
+  try:
+    assert [stop(), stop(), stop()] == [False, True, True]
+  finally:
+    stop.close()
+
+
 PROCESS = """
 import os, signal, sys, time
 import jax, jax.numpy as jnp

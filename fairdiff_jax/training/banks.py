@@ -46,15 +46,24 @@ def bank_facts(directory: Path) -> dict[str, str]:
   }
 
 
+def remembered(facts: Mapping[str, Any]) -> dict[str, str] | None:
+  """The bank that was in use when a checkpoint was saved, of its facts.
+
+  Checkpoints of the first versions know its name only.
+  """
+  bank = facts.get("bank")
+  return {"name": bank} if isinstance(bank, str) else bank
+
+
 def check_bank(workdir: str | Path, facts: Mapping[str, Any]) -> None:
   """Raises ValueError unless the bank of a checkpoint's facts is there."""
-  bank = facts["bank"]
+  bank = remembered(facts)
   if bank is None:
     return
   path = Path(workdir) / "bank" / bank["name"] / CASES
   if not path.exists():
     raise ValueError(f"its bank {path} is missing")
-  if files.sha256(path) != bank["sha256"]:
+  if "sha256" in bank and files.sha256(path) != bank["sha256"]:
     raise ValueError(f"its bank {path} is not the one it was saved with")
 
 

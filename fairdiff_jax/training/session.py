@@ -21,6 +21,7 @@ from fairdiff_jax.training.banks import (
   check_bank,
   prune,
   read_bank,
+  remembered,
 )
 from fairdiff_jax.training.checkpoint import Checkpoints, fingerprint, join
 from fairdiff_jax.training.compiling import Compiler
@@ -201,7 +202,7 @@ class Session:
     if schedule.bank_step(config, step) == self._filled:
       facts["bank"] = self._bank
     # A checkpoint is removed when the next is complete; its bank after that.
-    used = [f["bank"] for f in (facts, *self._checkpoints.all_facts())]
+    used = map(remembered, (facts, *self._checkpoints.all_facts()))
     if self._first_host:
       prune(self._workdir, {bank["name"] for bank in used if bank})
     self._checkpoints.save(self.state, facts=facts)

@@ -48,9 +48,10 @@ class Termination:
 
   def __call__(self) -> bool:
     """Asks all hosts, which must call it alike."""
-    self._asked = not all_hosts(not self._asked)
+    # What was asked is never cleared: a signal may come while hosts meet.
+    asked = not all_hosts(not self._asked)
     self._met, self._steps, self._every = time.monotonic(), 0, 1
-    return self._asked
+    return asked
 
   def at_step(self) -> bool:
     """The same before a step, but hosts meet only now and then.
