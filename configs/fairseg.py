@@ -26,6 +26,7 @@ def get_config(variant: str = ""):
   config.image.channels = (64, 128, 256)
   config.image.attention = (False, True, True)
   config.image.num_blocks = 2
+  config.image.patch = 4
   config.segmenter.channels = (32, 64, 128, 256)
   config.objective.agreement = 0.1
   config.fairness.method = "variance"
@@ -42,10 +43,9 @@ def get_config(variant: str = ""):
 def _small(config):
   config.data.size = (128, 128)
   shrink_points(config)
-  config.image.channels = (48, 64)
-  config.image.attention = (False, True)
+  config.image.channels = (32, 48, 64)
+  config.image.attention = (False, False, True)
   config.image.num_blocks = 1
-  config.image.patch = 8
   config.segmenter.channels = (16, 32, 48)
   config.segmenter.patch = 4
   config.train.steps = 1_700

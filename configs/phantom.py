@@ -19,7 +19,6 @@ def get_config(variant: str = ""):
   config.data.source = "phantom"
   config.data.size = (64, 64)
   shrink_points(config)
-  config.image.channels = (48, 64)
 
   config.train.steps = 1300
   config.train.image = (600 / 1300, 1.0)
@@ -36,7 +35,6 @@ def get_config(variant: str = ""):
     config.points.num_steps = 10
     config.image.channels = (8,)
     config.image.attention = (True,)
-    config.image.head_channels = 8
     config.image.hint_channels = (8,)
     config.image.sample_steps = 2
     config.segmenter.channels = (8,)

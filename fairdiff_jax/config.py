@@ -249,16 +249,15 @@ FIELDS: dict[str, Any] = dict(
     dtype=_choice("float32", "of stable_diffusion's computation", "bfloat16"),
     remat=_flag(False, "compute its blocks again in the backward pass"),
     conditioning=_choice(
-      "controlnet", "or the hint as input channels", "concat"
+      "concat", "the hint as input channels, or as a ControlNet", "controlnet"
     ),
-    channels=_wholes((64, 96), "per level"),
+    channels=_wholes((32, 48, 64), "per level"),
     num_blocks=_whole(1, "residual blocks per level"),
-    attention=_flags((False, True), "which levels attend"),
+    attention=_flags((False, False, True), "which levels attend"),
     num_heads=_whole(4, "of attention"),
-    patch=_whole(4, "space-to-depth factor at the input"),
-    head_channels=_whole(32, "of the head at twice the folded resolution"),
+    patch=_whole(2, "space-to-depth factor at the input"),
     hint_channels=_wholes((32,), "of the ControlNet's hint stem", 0),
-    intensity_prior=_flag(True, "diffuse the residual to class intensities"),
+    intensity_prior=_flag(True, "diffuse log brightness less intensities"),
     schedule=_choice("cosine", "of the noise", "linear", "scaled_linear"),
     num_steps=_whole(1000, "diffusion steps T"),
     beta_start=_positive(1e-4, "of linear schedules"),
@@ -548,8 +547,6 @@ def _image_contradictions(config) -> Iterator[str]:
       f"image.attention={tuple(image.attention)} needs one value for each of"
       f" the {len(image.channels)} levels of image.channels"
     )
-  if image.patch > 1 and image.patch % 2:
-    yield f"image.patch must be 1 or even, got {image.patch}"
   factor = image.patch * 2 ** (len(image.channels) - 1)
   if any(side % factor for side in config.data.size):
     yield (

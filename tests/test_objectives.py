@@ -1,11 +1,13 @@
 """Risks of the three networks and their sum, against float64."""
 
+import itertools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.phantom import get_config
 from fairdiff_jax.data import statistics
@@ -14,7 +16,17 @@ from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.fairness.risk import RunningRisk
 from fairdiff_jax.objectives.image_space import HINT_COLORS, hint_image
 from fairdiff_jax.objectives.joint import joint_objective, make_objective
-from fairdiff_jax.objectives.pixel_space import blur, intensity_prior
+from fairdiff_jax.objectives.pixel_space import (
+  LOG_BLACK,
+  LOG_WHITE,
+  blur,
+  class_means,
+  draw_intensity,
+  log_brightness,
+  pixel_space,
+  prior_image,
+  to_image,
+)
 from fairdiff_jax.objectives.segmentation import cross_entropy, dice_terms
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.optimizer import make_optimizer
@@ -164,15 +176,74 @@ def test_blur_is_binomial_and_keeps_constants():
   np.testing.assert_allclose(blur(flat), flat, rtol=1e-6)
 
 
-def test_intensity_prior_looks_up_group_and_class():
-  table = jnp.arange(12.0).reshape(4, 3)
-  scale = jnp.array([0.1, 0.2, 0.3, 0.4])
-  mask = jnp.broadcast_to(jnp.array([0, 1, 2, 1])[:, None, None], (4, 5, 5))
-  group = jnp.array([0, 2, 1, -1])
-  mean, s = intensity_prior(mask, group, {"intensity": table, "scale": scale})
-  assert mean.shape == (4, 5, 5, 1)
-  np.testing.assert_allclose(mean[:, 2, 2, 0], [0, 7, 5, 10], rtol=1e-6)
-  np.testing.assert_allclose(s[:, 0, 0, 0], [0.1, 0.3, 0.2, 0.4], rtol=1e-6)
+def test_class_means_match_numpy_and_fall_back():
+  image, mask = make_batch()["generation"]["image"], make_cases().mask.copy()
+  mask[0][mask[0] == 2] = 1
+  otherwise = jnp.full((BATCH, 3), 7.0)
+  found = class_means(image, jnp.asarray(mask, jnp.int32), otherwise)
+  assert found[0, 2] == 7
+  for i, c in itertools.product(range(BATCH), range(3)):
+    if (i, c) != (0, 2):
+      expected = image[i, ..., 0][mask[i] == c].mean()
+      assert found[i, c] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_prior_image_shows_every_class_its_intensity():
+  mask = jnp.broadcast_to(jnp.array([0, 1, 2])[:, None, None], (3, 5, 5))
+  intensity = jnp.arange(9.0).reshape(3, 3)
+  found = prior_image(mask, intensity)
+  assert found.shape == (3, 5, 5, 1)
+  np.testing.assert_allclose(found[:, 2, 2, 0], [0, 4, 8], rtol=1e-6)
+
+
+def test_log_brightness_is_undone():
+  image = jnp.linspace(-1, 1, 256)
+  y = log_brightness(image)
+  np.testing.assert_allclose(to_image(y), image, atol=1e-6)
+  np.testing.assert_allclose(
+    y[jnp.array([0, -1])], (LOG_BLACK, LOG_WHITE), 1e-5
+  )
+
+
+def test_drawn_intensities_have_the_group_s_mean_and_covariance():
+  n, rng = 20_000, np.random.default_rng(0)
+  mean = rng.uniform(-1.2, -0.3, (4, 3)).astype(np.float32)
+  root = 0.1 * rng.normal(size=(4, 3, 3)).astype(np.float32)
+  spread = root + root.swapaxes(1, 2)
+  known = {"intensity": jnp.asarray(mean), "spread": jnp.asarray(spread)}
+  for group, row in ((0, 0), (2, 2), (-1, 3)):
+    found = draw_intensity(known, jnp.full(n, group), keys_of(range(n)))
+    np.testing.assert_allclose(found.mean(0), mean[row], atol=0.01)
+    covariance = spread[row] @ spread[row]
+    np.testing.assert_allclose(np.cov(found.T), covariance, atol=0.004)
+  wild = {"intensity": jnp.zeros((4, 3)), "spread": 50 * jnp.ones((4, 3, 3))}
+  found = draw_intensity(wild, jnp.zeros(9, int), keys_of(range(9)))
+  assert found.min() >= LOG_BLACK and found.max() <= LOG_WHITE
+
+
+def test_a_case_is_its_prior_and_its_residual(state):
+  space = pixel_space(make_config().image, 3)
+  known, part = variables(state, "image"), make_batch()["generation"]
+  x_0, prior = space.encode(known, part, keys_of(range(BATCH)))
+  np.testing.assert_allclose(
+    space.decode(known, x_0, prior), part["image"], atol=1e-5
+  )
+  # Its own intensities are measured, those of a new case are drawn.
+  assert abs(float(x_0.mean())) < 0.1
+  new = space.draw(known, part["mask"], GROUP, keys_of(range(BATCH)))
+  assert not np.isclose(new.mean, prior.mean).any()
+  np.testing.assert_array_equal(new.scale, prior.scale)
+
+
+def by_case(cases):
+  """Mean logarithm of brightness of each case's classes, NaN without any."""
+  y = np.log(cases.image / 127.5 + 0.1)
+  return np.array(
+    [
+      [np.mean(y[i][m == c]) if (m == c).any() else np.nan for c in range(3)]
+      for i, m in enumerate(cases.mask)
+    ]
+  ), y
 
 
 @pytest.mark.parametrize("prior", [True, False])
@@ -184,31 +255,73 @@ def test_statistics_match_numpy(prior):
   np.testing.assert_allclose(found["points"]["mean"], mean, rtol=1e-6)
   std = np.sqrt(((points - mean) ** 2).mean())
   assert found["points"]["std"] == pytest.approx(std, rel=1e-6)
-  image = cases.image / 127.5 - 1
-  table, scale = found["image"]["intensity"], found["image"]["scale"]
+  image = found["image"]
   if not prior:
-    np.testing.assert_array_equal(table, np.zeros((4, 3)))
-    np.testing.assert_array_equal(scale, np.ones(4))
+    np.testing.assert_array_equal(image["intensity"], np.zeros((4, 3)))
+    np.testing.assert_array_equal(image["spread"], np.zeros((4, 3, 3)))
+    np.testing.assert_array_equal(image["scale"], np.ones(4))
     return
+  own, y = by_case(cases)
   # Group 1 has no case and takes all of them; unknown is the last row.
   members = (GROUP == 0, GROUP >= -1, GROUP == 2, GROUP >= -1)
+  centred = own.copy()
+  for g in (-1, 0, 2):
+    centred[GROUP == g] -= (own if g < 0 else own[GROUP == g]).mean(0)
+  pooled = centred.T @ centred / (BATCH - 3)
   for row, member in enumerate(members):
-    x, label = image[member], cases.mask[member]
-    means = np.array([x[label == c].mean() for c in range(3)])
-    np.testing.assert_allclose(table[row], means, atol=1e-6)
-    residual = np.sqrt(np.mean((x - means[label]) ** 2))
-    assert scale[row] == pytest.approx(residual, rel=1e-6)
+    n = member.sum()
+    mean = own[member].mean(0)
+    np.testing.assert_allclose(image["intensity"][row], mean, atol=1e-6)
+    scatter = (own[member] - mean).T @ (own[member] - mean)
+    covariance = (scatter + 8 * pooled) / (n - 1 + 8) * (1 + 1 / n)
+    spread = image["spread"][row]
+    np.testing.assert_allclose(spread @ spread, covariance, atol=1e-6)
+    residual = [y[i] - own[i][cases.mask[i]] for i in np.flatnonzero(member)]
+    assert image["scale"][row] == pytest.approx(np.std(residual), rel=1e-5)
 
 
-def test_statistics_of_flat_images_without_a_cup_are_finite():
-  cases = make_cases()
+def test_many_cases_have_their_own_spread_and_one_the_groups():
+  """A group's covariance is its own when it has many, the pooled when one."""
+  rng = np.random.default_rng(0)
+  n, group = 400, np.repeat([0, 1], [400, 1])
+  level = np.r_[rng.uniform(50, 90, n), 200]
+  image = np.broadcast_to(level[:, None, None], (n + 1, SIZE, SIZE))
+  mask = np.broadcast_to(rng.integers(0, 3, (SIZE, SIZE)), image.shape)
+  cases = make_cases(n=1)._replace(image=image, mask=mask.astype(np.uint8))
+  found = statistics.compute(cases, group, 2, intensity_prior=True)["image"]
+  own, pooled = (found["spread"][g] @ found["spread"][g] for g in (0, 1))
+  variance = np.log(level[:n] / 127.5 + 0.1).var(ddof=1)
+  np.testing.assert_allclose(own, np.full((3, 3), variance), rtol=0.01)
+  np.testing.assert_allclose(pooled, 2 * own, rtol=0.01)
+
+
+def test_statistics_of_one_flat_image_without_a_cup_are_finite():
+  cases = make_cases(n=1)
   flat = cases._replace(
     image=np.full_like(cases.image, 9), mask=np.minimum(cases.mask, 1)
   )
-  found = statistics.compute(flat, GROUP, 3, intensity_prior=True)["image"]
+  found = statistics.compute(flat, GROUP[:1], 3, intensity_prior=True)["image"]
   np.testing.assert_array_equal(found["intensity"][:, 2], 0)
-  np.testing.assert_allclose(found["intensity"][:, :2], 9 / 127.5 - 1)
+  np.testing.assert_allclose(
+    found["intensity"][:, :2], np.log(9 / 127.5 + 0.1), rtol=1e-6
+  )
+  np.testing.assert_array_equal(found["spread"], 0)
   np.testing.assert_allclose(found["scale"], 1 / 127.5)
+
+
+def test_a_case_without_a_class_counts_as_its_group_s_average():
+  cases = make_cases()
+  mask = cases.mask.copy()
+  mask[0][mask[0] == 2] = 0  # of group 0, which has two others
+  mask[1][mask[1] == 2] = 0  # of group 2, which has one other
+  mask[3][mask[3] == 2] = 0  # the other
+  cases = cases._replace(mask=mask)
+  own, _ = by_case(cases)
+  found = statistics.compute(cases, GROUP, 3, intensity_prior=True)["image"]
+  cups = found["intensity"][:, 2]
+  np.testing.assert_allclose(cups[0], own[4:6, 2].mean(), atol=1e-6)
+  np.testing.assert_allclose(cups[1:], np.nanmean(own[:, 2]), atol=1e-6)
+  assert np.isfinite(found["spread"]).all()
 
 
 def test_statistics_have_the_announced_shapes():
@@ -242,11 +355,11 @@ def test_a_case_does_not_see_the_others(risks, name):
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_dropout_hides_the_mask(state, dropout):
-  config = make_config(**{"image.dropout": dropout})
+  # Without a prior, which would tell masks apart.
+  changes = {"image.dropout": dropout, "image.intensity_prior": False}
+  config = make_config(**changes)
   task = make_objective(config, GROUPS, ("image",)).tasks["image"]
-  # With A = 0 the prior cannot tell masks apart.
-  frozen = {"intensity": jnp.zeros((4, 3)), "scale": jnp.ones(4)}
-  known = Variables(state.params["image"], {}, frozen)
+  known = Variables(state.params["image"], {}, state.frozen["image"])
   part = make_batch()["generation"]
   other = part | {"mask": part["mask"][::-1], "group": GROUP[::-1]}
   risk = jax.jit(lambda part: task.risk(known, part, keys_of(range(6)), True))
@@ -259,6 +372,25 @@ def test_unknown_conditioning():
   config = make_config(**{"image.conditioning": "film"})
   with pytest.raises(ValueError, match="unknown image conditioning 'film'"):
     make_objective(config, GROUPS, NETWORKS)
+
+
+def test_an_image_depends_on_its_own_key_alone(objective, state):
+  """Not on the cases beside it, the padding, or the number of devices."""
+  mask = jnp.asarray(np.resize(make_cases().mask, (8, SIZE, SIZE)), jnp.int32)
+  group, keys = jnp.resize(GROUP, 8), keys_of(range(8))
+  known, draw = variables(state, "image"), objective.tasks["image"].sample
+  one = jax.jit(draw)(known, mask, group, keys)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), "data")
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  whole = NamedSharding(mesh, PartitionSpec())
+  spread = jax.jit(draw, in_shardings=(whole, rows, rows, rows))
+  order = np.array([3, 0, 5, 1, 3, 3, 3, 3])
+  for found, expected in (
+    (spread(known, mask, group, keys), one),
+    (jax.jit(draw)(known, mask[order], group[order], keys[order]), one[order]),
+  ):
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+  assert len({float(x.mean()) for x in one}) == 8
 
 
 def test_samples_have_the_data_s_shape_and_range(objective, state):

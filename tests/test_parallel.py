@@ -111,6 +111,7 @@ def initial(runs):
     "points": {"mean": np.float32([8, 8, 0]), "std": np.float32(4)},
     "image": {
       "intensity": rng.uniform(-0.5, 0.5, (GROUPS + 1, 3)).astype(np.float32),
+      "spread": rng.uniform(0, 0.1, (GROUPS + 1, 3, 3)).astype(np.float32),
       "scale": rng.uniform(0.2, 0.8, GROUPS + 1).astype(np.float32),
     },
     "segmenter": {},

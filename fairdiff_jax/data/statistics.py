@@ -9,18 +9,22 @@ from fairdiff_jax.data.fairseg import Cases
 
 NUM_CLASSES = 3
 GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
+DARK = 0.1  # added to brightness in [0, 2], so that black has a logarithm
+POOLED = 8  # cases of its own that weigh as much as the groups' pooled spread
 
 
 def shapes(num_groups: int) -> dict:
   """The statistics of no data: same structure and shapes, float32 zeros."""
+  rows = num_groups + 1
   return {
     "points": {
       "mean": np.zeros(3, np.float32),
       "std": np.zeros((), np.float32),
     },
     "image": {
-      "intensity": np.zeros((num_groups + 1, NUM_CLASSES), np.float32),
-      "scale": np.zeros(num_groups + 1, np.float32),
+      "intensity": np.zeros((rows, NUM_CLASSES), np.float32),
+      "spread": np.zeros((rows, NUM_CLASSES, NUM_CLASSES), np.float32),
+      "scale": np.zeros(rows, np.float32),
     },
     "segmenter": {},
     "adversary": {},
@@ -36,15 +40,18 @@ def compute(
     cases: training cases.
     group: group index [n], -1 for unknown.
     num_groups: G.
-    intensity_prior: whether images are generated as residuals to their
-      group's mean intensity per class; otherwise intensity 0 and scale 1.
+    intensity_prior: whether images are generated as residuals to intensities
+      per class; otherwise intensity and spread are 0 and the scale is 1.
 
   Returns:
     By network: points 'mean' [3] and 'std' [] ("global unit": one standard
-    deviation for all coordinates); image 'intensity' [G + 1, 3], whose last
-    row and rows of absent groups are the means over all cases, and 'scale'
-    [G + 1], the residual's standard deviation likewise, one grey level at the
-    least. A class without a pixel has intensity 0.
+    deviation for all coordinates); image 'intensity' [G + 1, C], the mean over
+    a group's cases of their mean intensity per class, 'spread' [G + 1, C, C],
+    the symmetric root of the covariance of a new case's, and 'scale' [G + 1],
+    the root mean square of what is left of an image, one grey level at the
+    least. Intensities are logarithms, log(image + 1 + DARK). The last row and
+    those of absent groups are of all cases. Of a class without a pixel a case
+    has its group's mean, a group that of all cases, and all cases 0.
   """
   result = shapes(num_groups)
   flat = cases.points.reshape(-1, 3)
@@ -56,21 +63,57 @@ def compute(
   if not intensity_prior:
     result["image"]["scale"] += 1
     return result
-  # Sums by case and class suffice: sum (x - a)^2 = sum x^2 - 2 a sum x + a^2 n
-  shape = (len(group), NUM_CLASSES)
-  count, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-  for i, (image, mask) in enumerate(zip(cases.image, cases.mask, strict=True)):
-    x, label = image.ravel() / 127.5 - 1, mask.ravel()
-    count[i] = np.bincount(label, minlength=NUM_CLASSES)
-    total[i] = np.bincount(label, x, NUM_CLASSES)
-    square[i] = np.bincount(label, x**2, NUM_CLASSES)
-  for g in range(num_groups + 1):
-    member = group == g
-    if not member.any():
-      member = np.ones(len(group), bool)
-    n, first, second = (x[member].sum(0) for x in (count, total, square))
-    mean = first / np.maximum(n, 1)
-    variance = np.sum(second - 2 * mean * first + mean**2 * n) / n.sum()
-    result["image"]["intensity"][g] = mean
-    result["image"]["scale"][g] = max(np.sqrt(max(variance, 0)), GREY_LEVEL)
+  means, count, square = _by_class(cases)
+  everyone = np.ones(len(group), bool)
+  members = [group == g for g in range(num_groups)]
+  members = [m if m.any() else everyone for m in members] + [everyone]
+  overall = _mean(means[everyone], 0.0)
+  rows = [_mean(means[member], overall) for member in members]
+  # Deviations from one's own group; where it is unknown, from all cases.
+  deviation = np.nan_to_num(means - np.stack(rows)[group])
+  groups = len(np.unique(group))
+  pooled = deviation.T @ deviation / max(len(group) - groups, 1)
+  for row, (member, mean) in enumerate(zip(members, rows, strict=True)):
+    n = member.sum()
+    own = np.nan_to_num(means[member] - mean)
+    covariance = own.T @ own + POOLED * pooled
+    # The mean is uncertain too, by 1 / n of the spread.
+    covariance *= (1 + 1 / n) / (n - 1 + POOLED)
+    variance = square[member].sum() / count[member].sum()
+    result["image"]["intensity"][row] = mean
+    result["image"]["spread"][row] = _root(covariance)
+    result["image"]["scale"][row] = max(np.sqrt(variance), GREY_LEVEL)
   return result
+
+
+def _by_class(cases):
+  """By case and class [n, C]: mean intensity (NaN without a pixel), number of
+  pixels, and sum of their squared distances from it."""
+  shape = (len(cases.image), NUM_CLASSES)
+  means, count, square = (
+    np.full(shape, np.nan),
+    np.zeros(shape),
+    np.zeros(shape),
+  )
+  for i, (image, mask) in enumerate(zip(cases.image, cases.mask, strict=True)):
+    x = np.log(image / 127.5 + DARK)
+    for c in range(NUM_CLASSES):
+      inside = x[mask == c]
+      if len(inside):
+        means[i, c], count[i, c] = inside.mean(), len(inside)
+        square[i, c] = np.sum((inside - means[i, c]) ** 2)
+  return means, count, square
+
+
+def _mean(values, fallback):
+  """Mean over cases [n, C] of what is not NaN; the fallback where all is."""
+  known = np.isfinite(values)
+  total = np.where(known, values, 0).sum(0)
+  number = known.sum(0)
+  return np.where(number > 0, total / np.maximum(number, 1), fallback)
+
+
+def _root(covariance):
+  """Symmetric square root of a positive semidefinite matrix."""
+  value, vector = np.linalg.eigh(covariance)
+  return vector * np.sqrt(np.maximum(value, 0)) @ vector.T

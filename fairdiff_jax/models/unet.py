@@ -2,14 +2,15 @@
 
 Both follow Stable Diffusion's plan: a convolution in, levels of residual
 blocks (with a transformer block after each where the level attends), a
-middle, and, in the U-Net, the mirror image of the levels with skip
-connections. A ControlNet (Zhang et al. 2023) is a second encoder that also
-sees a hint; zero-initialised convolutions turn its activations into residuals
-that are added to the U-Net's skips and middle.
+middle, and, in the U-Net, the mirror image of the levels with a skip
+connection from every block. A ControlNet (Zhang et al. 2023) is a second
+encoder that also sees a hint; zero-initialised convolutions turn its
+activations into residuals that are added to the U-Net's skips and middle.
 
 Images are NHWC. `patch` > 1 folds patches into channels first
-(space-to-depth), which moves the arithmetic to low resolution; a light head
-at twice the folded resolution then restores detail.
+(space-to-depth), which moves the arithmetic to low resolution; the last
+convolution sees the input once more, so that no detail has to pass through
+the levels.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ def _group_norm(x: jax.Array, name: str) -> jax.Array:
 
 
 class ResidualBlock(nn.Module):
-  """Two 3 x 3 convolutions, shifted by the conditioning in between."""
+  """Two 3 x 3 convolutions, scaled and shifted in between by the embedding."""
 
   channels: int
 
@@ -67,8 +68,11 @@ class ResidualBlock(nn.Module):
   def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
     h = nn.silu(_group_norm(x, "norm1"))
     h = nn.Conv(self.channels, (3, 3), name="conv1")(h)
-    shift = nn.Dense(self.channels, name="embedding")(nn.silu(embedding))
-    h = nn.silu(_group_norm(h + shift[:, None, None], "norm2"))
+    embedding = nn.Dense(2 * self.channels, name="embedding")(
+      nn.silu(embedding)
+    )
+    scale, shift = jnp.split(embedding[:, None, None], 2, axis=-1)
+    h = nn.silu(_group_norm(h, "norm2") * (1 + scale) + shift)
     h = nn.Conv(self.channels, (3, 3), name="conv2")(h)
     if x.shape[-1] != self.channels:
       x = nn.Conv(self.channels, (1, 1), name="shortcut")(x)
@@ -146,23 +150,16 @@ class Encoder(nn.Module):
     x = nn.Conv(self.channels[0], (3, 3), name="conv_in")(x)
     if hint is not None:
       x += hint
-    skips = [x]
-    last = len(self.channels) - 1
+    outputs = []
     for i, channels in enumerate(self.channels):
+      if i:
+        x = nn.Conv(channels, (3, 3), strides=2, name=f"downsample_{i}")(x)
       heads = self.num_heads if self.attention[i] else 0
       level = Level(channels, self.num_blocks, heads, name=f"down_{i}")
-      skips += level(skips[-1], embedding)
-      if i < last:
-        skips.append(
-          nn.Conv(channels, (3, 3), strides=2, name=f"downsample_{i}")(
-            skips[-1]
-          )
-        )
-    heads = self.num_heads if self.attention[-1] else 0
-    x = Level(self.channels[-1], 1, heads, name="middle")(skips[-1], embedding)[
-      0
-    ]
-    return [*skips, x]
+      outputs += level(x, embedding)
+      x = outputs[-1]
+    middle = Level(self.channels[-1], 1, heads, name="middle")
+    return outputs + middle(x, embedding)
 
 
 class ControlNet(nn.Module):
@@ -221,7 +218,6 @@ class UNet(nn.Module):
   num_heads: int = 4
   num_groups: int = 0
   patch: int = 1
-  head_channels: int = 32
   out_channels: int = 1
 
   @nn.compact
@@ -241,42 +237,29 @@ class UNet(nn.Module):
       residuals: a ControlNet's output, or None.
     """
     embedding = Embedding(self.channels[0], self.num_groups)(t, group)
+    x = space_to_depth(x, self.patch)
     outputs = Encoder(
       self.channels, self.num_blocks, self.attention, self.num_heads
-    )(space_to_depth(x, self.patch), embedding)
+    )(x, embedding)
     if residuals is not None:
       outputs = [a + b for a, b in zip(outputs, residuals, strict=True)]
     *skips, h = outputs
     for i in reversed(range(len(self.channels))):
       heads = self.num_heads if self.attention[i] else 0
-      taken = self.num_blocks + 1
-      level = Level(self.channels[i], taken, heads, name=f"up_{i}")
-      h = level(h, embedding, skips[-taken:])[-1]
-      del skips[-taken:]
-      if i:
+      level = Level(self.channels[i], self.num_blocks, heads, name=f"up_{i}")
+      h = level(h, embedding, skips[-self.num_blocks :])[-1]
+      del skips[-self.num_blocks :]
+      if i:  # at the low resolution, where it costs a quarter
+        h = nn.Conv(self.channels[i - 1], (3, 3), name=f"upsample_{i}")(h)
         h = upsample(h)
-        h = nn.Conv(self.channels[i], (3, 3), name=f"upsample_{i}")(h)
     h = nn.silu(_group_norm(h, "norm_out"))
-    if self.patch == 1:
-      return self._project(h, 1)
-    return self._head(h, x)
-
-  def _project(self, h, patch):
+    # How much of x is signal depends on the step.
+    gate = nn.Dense(x.shape[-1], name="gate")(nn.silu(embedding))
+    x *= gate[:, None, None]
     h = nn.Conv(
-      self.out_channels * patch**2,
+      self.out_channels * self.patch**2,
       (3, 3),
       kernel_init=nn.initializers.zeros,
       name="conv_out",
-    )(h)
-    return depth_to_space(h, patch) if patch > 1 else h
-
-  def _head(self, h, x):
-    """Two convolutions at twice the folded resolution."""
-    patch = self.patch // 2
-    h = nn.Conv(4 * self.head_channels, (1, 1), name="head_in")(h)
-    h = depth_to_space(h, 2)
-    detail = space_to_depth(x, patch) if patch > 1 else x
-    h = nn.Conv(self.head_channels, (3, 3), name="head")(
-      jnp.concatenate([h, detail], axis=-1)
-    )
-    return self._project(nn.silu(h), patch)
+    )(jnp.concatenate([h, x], axis=-1))
+    return depth_to_space(h, self.patch)

@@ -70,7 +70,7 @@ def image_task(config, num_groups: int) -> Task:
   def risk(variables, batch, keys, train):
     del train
     mask, group = batch["mask"], batch["group"]
-    x_0 = space.encode(variables, batch, keys)
+    x_0, prior = space.encode(variables, batch, keys)
     step_keys, noise_keys, drop_keys = jax.vmap(
       lambda key: jax.random.split(key, 3), out_axes=1
     )(keys)
@@ -81,7 +81,7 @@ def image_task(config, num_groups: int) -> Task:
     kept = jax.vmap(lambda key: jax.random.uniform(key) >= config.dropout)(
       drop_keys
     )
-    condition = space.condition(variables, mask, group, kept)
+    condition = space.condition(variables, mask, group, prior, kept)
     x_t = add_noise(schedule, x_0, t, eps)
     output = space.predict(variables, x_t, t, condition)
     error = output - target(schedule, config.prediction, x_0, t, eps)
@@ -92,19 +92,22 @@ def image_task(config, num_groups: int) -> Task:
     signal, _ = signal_and_noise(schedule, t, 1)
     aux = {
       "batch_stats": {},
-      "x0": Partial(space.decode, variables, x0_hat, mask, group),
+      "x0": Partial(space.decode, variables, x0_hat, prior),
       "signal": signal**2 * kept,
     }
     return losses, aux
 
   def sample(variables, mask, group, keys):
     everyone = jnp.ones(len(mask), bool)
-    condition = space.condition(variables, mask, group, everyone)
+    # Other noise than the diffusion's, from the same keys.
+    prior_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+    prior = space.draw(variables, mask, group, prior_keys)
+    condition = space.condition(variables, mask, group, prior, everyone)
     if config.guidance != 1:
       condition = jax.tree.map(
         lambda *both: jnp.concatenate(both),
         condition,
-        space.condition(variables, mask, group, ~everyone),
+        space.condition(variables, mask, group, prior, ~everyone),
       )
 
     def denoise(x_t, t):
@@ -131,6 +134,6 @@ def image_task(config, num_groups: int) -> Task:
       spacing=config.spacing,
       eta=config.eta,
     )
-    return jnp.clip(space.decode(variables, x_0, mask, group), -1, 1)
+    return jnp.clip(space.decode(variables, x_0, prior), -1, 1)
 
   return Task(space.init, risk, sample, space.load)

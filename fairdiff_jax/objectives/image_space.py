@@ -22,19 +22,23 @@ class Space(NamedTuple):
   Attributes:
     init: as `Task.init`.
     shape: (H, W) of an image -> shape of its x_0.
-    encode: (variables, batch, keys [B]) -> x_0 [B, ...].
-    condition: (variables, mask [B, H, W], group [B], kept [B]) -> what
-      `predict` is conditioned on, a tree of arrays [B, ...]; where not kept,
-      what stands for no condition.
+    encode: (variables, batch, keys [B]) -> x_0 [B, ...], and the prior of
+      these cases: what is not diffused, a tree of arrays [B, ...].
+    draw: (variables, mask [B, H, W], group [B], keys [B]) -> the prior of new
+      cases.
+    condition: (variables, mask, group, prior, kept [B]) -> what `predict` is
+      conditioned on, a tree of arrays [B, ...]; where not kept, what stands
+      for no condition.
     predict: (variables, x_t [B, ...], t [B], condition) -> the network's
       output [B, ...].
-    decode: (variables, x_0 [B, ...], mask, group) -> images [B, H, W, 1].
+    decode: (variables, x_0 [B, ...], prior) -> images [B, H, W, 1].
     load: as `Task.load`.
   """
 
   init: Callable[[jax.Array], Variables]
   shape: Callable[[tuple[int, int]], tuple[int, ...]]
-  encode: Callable[..., jax.Array]
+  encode: Callable[..., tuple[jax.Array, Any]]
+  draw: Callable[..., Any]
   condition: Callable[..., Any]
   predict: Callable[..., jax.Array]
   decode: Callable[..., jax.Array]

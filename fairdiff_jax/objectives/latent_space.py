@@ -298,9 +298,13 @@ def latent_space(config, num_groups: int) -> Space:
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
     noise = example_normal(keys, mean.shape[1:])
     scale = variables.frozen["scaling_factor"]
-    return scale * (mean + jnp.exp(logvar / 2) * noise)
+    return scale * (mean + jnp.exp(logvar / 2) * noise), None
 
-  def condition(variables, mask, group, kept):
+  def draw(variables, mask, group, keys):
+    del variables, mask, group, keys
+
+  def condition(variables, mask, group, prior, kept):
+    del prior
     prompts = variables.frozen["prompts"]
     row = jnp.where(group < 0, num_groups, group)
     tokens = jnp.where(
@@ -324,8 +328,8 @@ def latent_space(config, num_groups: int) -> Space:
       (down, middle),
     )
 
-  def decode(variables, x_0, mask, group):
-    del mask, group
+  def decode(variables, x_0, prior):
+    del prior
     scale = variables.frozen["scaling_factor"]
 
     def one(latent):
@@ -345,6 +349,7 @@ def latent_space(config, num_groups: int) -> Space:
     init,
     shape,
     encode,
+    draw,
     condition,
     predict,
     decode,

@@ -1,19 +1,30 @@
-r"""Diffusion of pixels, as the residual to a mask-conditional intensity prior.
+r"""Diffusion of pixels, as the residual to class intensities of a case.
 
-    x_0 = (image - mu(m, g)) / s[g],    mu(m, g) = sum_c A[g, c] blur(1[m = c])
+    x_0 = (y - mu(m, a)) / s[g],    y = log(image + 1 + DARK)
+    mu(m, a) = sum_c a_c blur(1[m = c]),    a ~ N(A[g], S[g] S[g]^T)
 
-where A[g, c] is the training set's mean intensity of class c in group g and
-s[g] the residual's standard deviation. The prior carries what a few cases
-of a group can teach, their brightness and contrast; the network adds the
-rest. With A = 0 and s = 1 it is plain diffusion.
+where a is a case's own mean of y in each class: measured in training, drawn
+for a new case. A[g] and S[g] S[g]^T are their mean and covariance in group g,
+and s[g] is the residual's scale. So what a few cases of a group can teach, its
+patients' brightness and contrast and how these vary, is taken from statistics;
+the network adds the rest, and sees mu. In logarithms, vessels, shadows and
+speckle have the same depth at any brightness. Without the prior x_0 = image:
+plain diffusion.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fairdiff_jax.data.statistics import DARK
+from fairdiff_jax.diffusion.samplers import example_normal
 from fairdiff_jax.models.unet import ControlNet, UNet
 from fairdiff_jax.objectives.image_space import Space, hint_image
 from fairdiff_jax.objectives.task import Variables
+
+LOG_BLACK, LOG_WHITE = np.log(DARK), np.log(2 + DARK)
 
 
 def blur(x: jax.Array) -> jax.Array:
@@ -31,37 +42,84 @@ def blur(x: jax.Array) -> jax.Array:
   return x
 
 
-def intensity_prior(
-  mask: jax.Array, group: jax.Array, statistics: dict[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  """What is known of an image before it is seen.
+class Prior(NamedTuple):
+  """What of images is not diffused: mu [B, H, W, 1] and s [B, 1, 1, 1]."""
+
+  mean: jax.Array
+  scale: jax.Array
+
+
+def _no_prior(mask):
+  return Prior(jnp.zeros((*mask.shape, 1)), jnp.ones((len(mask), 1, 1, 1)))
+
+
+def log_brightness(image: jax.Array) -> jax.Array:
+  """y of images in [-1, 1]."""
+  return jnp.log(image + (1 + DARK))
+
+
+def to_image(y: jax.Array) -> jax.Array:
+  """Inverse of `log_brightness`."""
+  return jnp.exp(y) - (1 + DARK)
+
+
+def class_means(
+  y: jax.Array, mask: jax.Array, otherwise: jax.Array
+) -> jax.Array:
+  """Mean [B, C] over each class.
 
   Args:
+    y: [B, H, W, 1].
     mask: [B, H, W].
-    group: [B], -1 for unknown.
-    statistics: 'intensity' A [G + 1, C] and 'scale' s [G + 1]; the last row
-      serves unknown groups.
-
-  Returns:
-    mu(m, g) [B, H, W, 1] and s [B, 1, 1, 1].
+    otherwise: [B, C], for classes without a pixel.
   """
-  intensity, scale = statistics["intensity"], statistics["scale"]
-  row = jnp.where(group < 0, len(intensity) - 1, group)
-  one_hot = jax.nn.one_hot(mask, intensity.shape[-1])
-  mean = jnp.einsum("bhwc,bc->bhw", blur(one_hot), intensity[row])
-  return mean[..., None], scale[row][:, None, None, None]
+  one_hot = jax.nn.one_hot(mask, otherwise.shape[-1])
+  count = one_hot.sum((1, 2))
+  total = jnp.einsum("bhwc,bhwk->bc", one_hot, y)
+  return jnp.where(count > 0, total / jnp.maximum(count, 1), otherwise)
+
+
+def draw_intensity(
+  statistics: dict[str, jax.Array], group: jax.Array, keys: jax.Array
+) -> jax.Array:
+  """Class intensities [B, C] of new cases, not beyond black and white.
+
+  Args:
+    statistics: 'intensity' A [G + 1, C] and 'spread' S [G + 1, C, C]; the last
+      row serves unknown groups.
+    group: [B], -1 for unknown.
+    keys: one per example [B].
+  """
+  mean, spread = (
+    _of_group(statistics[k], group) for k in ("intensity", "spread")
+  )
+  noise = example_normal(keys, mean.shape[1:])
+  drawn = mean + jnp.einsum("bij,bj->bi", spread, noise)
+  return jnp.clip(drawn, LOG_BLACK, LOG_WHITE)
+
+
+def prior_image(mask: jax.Array, intensity: jax.Array) -> jax.Array:
+  """mu [B, H, W, 1] of masks [B, H, W] with class intensities [B, C]."""
+  one_hot = blur(jax.nn.one_hot(mask, intensity.shape[-1]))
+  return jnp.einsum("bhwc,bc->bhw", one_hot, intensity)[..., None]
+
+
+def _of_group(rows: jax.Array, group: jax.Array) -> jax.Array:
+  """The groups' rows of [G + 1, ...]; the last serves unknown ones, -1."""
+  return rows[jnp.where(group < 0, len(rows) - 1, group)]
 
 
 def pixel_space(config, num_groups: int) -> Space:
   """A U-Net, with a ControlNet or with the hint as input channels.
 
   Args:
-    config: network sizes and `conditioning` ('controlnet' or 'concat').
+    config: network sizes, `conditioning` ('controlnet' or 'concat') and
+      `intensity_prior`.
     num_groups: G.
 
   Returns:
-    A space whose frozen variables are {'intensity' [G + 1, 3], 'scale'
-    [G + 1]}.
+    A space whose frozen variables are {'intensity' [G + 1, C], 'spread'
+    [G + 1, C, C], 'scale' [G + 1]}.
 
   Raises:
     ValueError: if `conditioning` is unknown.
@@ -80,13 +138,13 @@ def pixel_space(config, num_groups: int) -> Space:
     num_groups=num_groups,
     patch=config.patch,
   )
-  unet = UNet(**sizes, head_channels=config.head_channels)
+  unet = UNet(**sizes)
   controlnet = ControlNet(**sizes, hint_channels=tuple(config.hint_channels))
 
   def init(key):
     size = config.patch * 2 ** (len(config.channels) - 1)
     x = jnp.zeros((1, size, size, 1))
-    hint = jnp.zeros((1, size, size, 3))
+    hint = jnp.zeros((1, size, size, 4))
     t = group = jnp.zeros(1, jnp.int32)
     unet_key, control_key = jax.random.split(key)
     if not controlled:
@@ -98,17 +156,30 @@ def pixel_space(config, num_groups: int) -> Space:
       ]
     return Variables(params, {}, {})
 
+  def prior_of(variables, mask, group, intensity):
+    scale = _of_group(variables.frozen["scale"], group)
+    return Prior(prior_image(mask, intensity), scale[:, None, None, None])
+
   def encode(variables, batch, keys):
     del keys
-    prior, scale = intensity_prior(
-      batch["mask"], batch["group"], variables.frozen
-    )
-    return (batch["image"] - prior) / scale
+    image, mask, group = (batch[k] for k in ("image", "mask", "group"))
+    if not config.intensity_prior:
+      return image, _no_prior(mask)
+    y = log_brightness(image)
+    average = _of_group(variables.frozen["intensity"], group)
+    prior = prior_of(variables, mask, group, class_means(y, mask, average))
+    return (y - prior.mean) / prior.scale, prior
 
-  def condition(variables, mask, group, kept):
+  def draw(variables, mask, group, keys):
+    if not config.intensity_prior:
+      return _no_prior(mask)
+    intensity = draw_intensity(variables.frozen, group, keys)
+    return prior_of(variables, mask, group, intensity)
+
+  def condition(variables, mask, group, prior, kept):
     del variables
-    hint = hint_image(mask) * kept[:, None, None, None]
-    return jnp.where(kept, group, -1), hint
+    hint = jnp.concatenate([hint_image(mask), prior.mean], axis=-1)
+    return jnp.where(kept, group, -1), hint * kept[:, None, None, None]
 
   def predict(variables, x_t, t, condition):
     params, (group, hint) = variables.params, condition
@@ -120,10 +191,12 @@ def pixel_space(config, num_groups: int) -> Space:
     x_t = jnp.concatenate([x_t, hint], axis=-1)
     return unet.apply({"params": params["unet"]}, x_t, t, group)
 
-  def decode(variables, x_0, mask, group):
-    prior, scale = intensity_prior(mask, group, variables.frozen)
-    return x_0 * scale + prior
+  def decode(variables, x_0, prior):
+    del variables
+    y = prior.mean + prior.scale * x_0
+    # Nothing shines brighter than white, lest a bad guess overflow.
+    return to_image(jnp.minimum(y, LOG_WHITE)) if config.intensity_prior else y
 
   return Space(
-    init, lambda size: (*size, 1), encode, condition, predict, decode
+    init, lambda size: (*size, 1), encode, draw, condition, predict, decode
   )
