@@ -337,6 +337,15 @@ FIELDS: dict[str, Any] = dict(
   ),
   bank=dict(
     every=_whole(500, "steps between refills; 0 = filled once", 0),
+    masks=_choice(
+      "generated", "or real ones of any group, or half each", "real", "both"
+    ),
+    strength=_real(
+      1.0,
+      "share of the sampling steps; below 1 from warped real images of the"
+      " group",
+      *(0, 1),
+    ),
     batch_size=_whole(64, "cases generated at a time"),
     harmonics=_whole(
       0, "of the smooth curve fitted to each contour; 0 = as drawn", 0

@@ -175,6 +175,31 @@ def test_only_ddim_ignores_the_keys(eta, same):
   assert np.array_equal(*found) == same
 
 
+@pytest.mark.parametrize(
+  ("strength", "start"), [(0.0, 0), (0.3, 15), (0.5, 25), (1.0, 50)]
+)
+def test_a_start_from_data_takes_the_last_steps(strength, start):
+  """What is known of the data stays as far as no noise is added to it."""
+  schedule = make_schedule("scaled_linear", 50, 0.001, 0.05)
+  data, noise = draw(0, 2, 4), draw(1, 2, 4)
+  options = dict(schedule=schedule, prediction="x0", num_steps=10, eta=1.0)
+  keys = example_keys(jax.random.key(3), jnp.arange(2))
+
+  def denoise(x_t, t):
+    return 0.4 * x_t + 0.01 * t[:, None]
+
+  found = sample(denoise, noise, keys, x_0=data, strength=strength, **options)
+  if start == 0:
+    np.testing.assert_array_equal(found, data)
+    return
+  # The same process whose schedule ends where it starts.
+  shorter = type(schedule)(*(x[: start + 1] for x in schedule))
+  steps = options | dict(schedule=shorter, num_steps=round(10 * strength))
+  x_t = add_noise(schedule, data, jnp.full(2, start), noise)
+  expected = sample(denoise, x_t, keys, **steps)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_noise_depends_on_the_example_alone():
   key = jax.random.key(5)
   whole = example_normal(example_keys(key, jnp.arange(6)), (3,))

@@ -122,7 +122,7 @@ def world(monkeypatch):
 
     return step
 
-  def make_generator(run):
+  def make_generator(run, anatomy):
     def generate(inference, seed, number, group):
       world.at.get(("batch", len(world.generated)), lambda: None)()
       world.generated.append((seed, *number))

@@ -412,6 +412,25 @@ def test_samples_have_the_data_s_shape_and_range(objective, state):
   assert set(np.unique(labels)) <= {0, 1, 2}
 
 
+def test_without_a_step_a_start_is_recoloured(objective, state):
+  """Its class intensities are drawn, its detail stays."""
+  cases = make_cases()
+  mask, group = jnp.asarray(cases.mask[:4], jnp.int32), jnp.zeros(4, jnp.int32)
+  image = jnp.asarray(cases.image[:4, ..., None] / 127.5 - 1, jnp.float32)
+  found = objective.tasks["image"].sample(
+    variables(state, "image"), mask, group, keys_of(range(4)), image, 0.0
+  )
+  inside = np.abs(found) < 0.95  # neither black nor white
+  y = np.where(inside, log_brightness(found) - log_brightness(image), np.nan)
+  step = y - blur(jax.nn.one_hot(mask, 3)) @ jnp.zeros(3)[:, None]
+  flat = np.asarray(blur(jax.nn.one_hot(mask, 3)).max(-1)) > 0.999
+  for case in range(4):
+    for label in range(3):
+      same = step[case, ..., 0][flat[case] & (mask[case] == label)]
+      if np.isfinite(same).any():
+        assert np.nanstd(same) < 1e-3
+
+
 @pytest.fixture(scope="module")
 def joint(objective, state):
   """Compiled gradient of the objective with every network active."""

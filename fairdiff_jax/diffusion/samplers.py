@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairdiff_jax.diffusion.process import to_x0_and_eps
+from fairdiff_jax.diffusion.process import add_noise, to_x0_and_eps
 from fairdiff_jax.diffusion.schedule import Schedule
 
 
@@ -80,9 +80,21 @@ def check_solver(name: str) -> None:
     raise ValueError(f"unknown solver {name!r}; use 'ddim' or 'dpm++2m'")
 
 
+def started(times: np.ndarray, strength: float) -> np.ndarray:
+  """The times that are left for a start from data instead of noise.
+
+  Args:
+    times: of the whole reverse process, falling.
+    strength: share of its steps that are taken; 1 is all of them, 0 none (Meng
+      et al. 2022, SDEdit).
+  """
+  taken = round(strength * (len(times) - 1))
+  return times[len(times) - 1 - taken :]
+
+
 def sample(
   denoise: Callable[[jax.Array, jax.Array], jax.Array],
-  x_T: jax.Array,
+  noise: jax.Array,
   keys: jax.Array,
   *,
   schedule: Schedule,
@@ -91,12 +103,14 @@ def sample(
   solver: str = "ddim",
   spacing: str = "even",
   eta: float = 1.0,
+  x_0: jax.Array | None = None,
+  strength: float = 1.0,
 ) -> jax.Array:
-  """Runs the reverse process from noise to data.
+  """Runs the reverse process from noise, or noisy data, to data.
 
   Args:
     denoise: (x_t [B, ...], t int32 [B]) -> the network's output [B, ...].
-    x_T: starting noise [B, ...].
+    noise: to start from [B, ...].
     keys: one key per example [B]; noise depends on nothing else.
     schedule: noise schedule with T steps.
     prediction: what the network predicts: 'eps', 'x0' or 'v'.
@@ -104,6 +118,8 @@ def sample(
     solver: 'ddim' or 'dpm++2m', which has no eta.
     spacing: of the times, as for `sampling_times`.
     eta: 0 for DDIM, 1 for ancestral sampling.
+    x_0: data [B, ...] to start from, with noise added, if `strength` < 1.
+    strength: as for `started`.
 
   Returns:
     x_0 [B, ...].
@@ -112,7 +128,14 @@ def sample(
     ValueError: if `num_steps` is not in 1..T, or a name is unknown.
   """
   times = sampling_times(schedule.num_steps, num_steps, spacing)
-  batch = x_T.shape[0]
+  batch = noise.shape[0]
+  if x_0 is None:
+    x_t = noise
+  else:
+    times = started(times, strength)
+    if len(times) == 1:
+      return x_0
+    x_t = add_noise(schedule, x_0, jnp.full(batch, times[0]), noise)
   abar = jnp.asarray(schedule.alpha_bar)
 
   def ddim(x_t, x_0, eps, t, s):
@@ -145,7 +168,7 @@ def sample(
     return (dpm(x_t, x_0, before, r, t, s), x_0, t), None
 
   check_solver(solver)
-  start = (x_T, jnp.zeros_like(x_T), jnp.asarray(times[0]))
+  start = (x_t, jnp.zeros_like(x_t), jnp.asarray(times[0]))
   (x_0, _, _), _ = jax.lax.scan(step, start, (times[:-1], times[1:]))
   return x_0
 

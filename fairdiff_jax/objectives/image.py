@@ -45,7 +45,9 @@ def image_task(config, num_groups: int) -> Task:
     A task whose `risk` aux holds 'x0', () -> the denoised images [B, H, W, 1]
     in [-1, 1], decoded when called, and 'signal' [B] = abar_t, the share of
     x_t's variance that is data. Its `sample` maps (variables, masks
-    [B, H, W], group [B], keys [B]) to images [B, H, W, 1] in [-1, 1].
+    [B, H, W], group [B], keys [B]) to images [B, H, W, 1] in [-1, 1]; with
+    `image` [B, H, W, 1] it takes the last `strength` of the sampling steps
+    only, from these images.
 
   Raises:
     ValueError: if `network`, `solver` or something that the network takes is
@@ -97,7 +99,7 @@ def image_task(config, num_groups: int) -> Task:
     }
     return losses, aux
 
-  def sample(variables, mask, group, keys):
+  def sample(variables, mask, group, keys, image=None, strength=1.0):
     everyone = jnp.ones(len(mask), bool)
     # Other noise than the diffusion's, from the same keys.
     prior_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
@@ -123,6 +125,10 @@ def image_task(config, num_groups: int) -> Task:
       return unconditional + config.guidance * (conditional - unconditional)
 
     start_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    start = None
+    if image is not None:
+      real = {"image": image, "mask": mask, "group": group}
+      start, _ = space.encode(variables, real, start_keys)
     x_0 = reverse(
       denoise,
       example_normal(start_keys, space.shape(mask.shape[1:])),
@@ -133,6 +139,8 @@ def image_task(config, num_groups: int) -> Task:
       solver=config.solver,
       spacing=config.spacing,
       eta=config.eta,
+      x_0=start,
+      strength=strength,
     )
     return jnp.clip(space.decode(variables, x_0, prior), -1, 1)
 

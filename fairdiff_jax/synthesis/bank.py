@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fairdiff_jax import files
+from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
   Generated,
   batches,
@@ -32,6 +34,7 @@ from fairdiff_jax.training.banks import (
 )
 from fairdiff_jax.training.checkpoint import fingerprint, split
 from fairdiff_jax.training.mesh import from_first_host
+from fairdiff_jax.training.pools import case_groups
 from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.step import TrainState
 
@@ -39,8 +42,13 @@ BANK = 1  # tells the noise of banks from that of other synthetic cases
 UNFINISHED = "unfinished"  # batches of a bank that is being filled
 
 
-def make_refill(run: Setup) -> Callable[..., Synthetic | None]:
+def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
   """Compiles the generators of a run's bank.
+
+  Args:
+    run: set-up of the run.
+    cases: training cases, of which `bank.masks` and `bank.strength` may ask
+      for some.
 
   Returns:
     (state, step, sizes [G], quota [G], directory, stop=, say=) -> the bank's
@@ -51,7 +59,8 @@ def make_refill(run: Setup) -> Callable[..., Synthetic | None]:
     A mask that stays unsound is left out, with a notice. It raises ValueError
     if more than half of a group's are, or the bank that is there is damaged.
   """
-  generate = make_generator(run)
+  anatomy = Anatomy(cases.image, cases.mask, case_groups(run.config, cases))
+  generate = make_generator(run, anatomy)
   names = run.objective.group_names
   shape = tuple(run.config.data.size)
   first_host = jax.process_index() == 0
@@ -90,7 +99,13 @@ def make_refill(run: Setup) -> Callable[..., Synthetic | None]:
           files.write(path, files.npz_bytes(cases._asdict()))
       if first_host:
         cases = join([_read(path) for path in _finished(folder)], shape)
-        facts = {"synthetic": True, "step": step, "seed": seed}
+        facts = {
+          "synthetic": True,
+          "step": step,
+          "seed": seed,
+          "masks": run.config.bank.masks,
+          "warped": run.config.bank.strength < 1,  # from real patients
+        }
         try:
           unsound = _count_unsound(cases, group, names)
         except ValueError:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
+from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.training.checkpoint import INFERENCE, network
 from fairdiff_jax.training.mesh import BATCH, map_batch
 from fairdiff_jax.training.setup import Setup
@@ -85,11 +86,15 @@ def batches(
   )
 
 
-def make_generator(run: Setup) -> Callable[..., Generated]:
+def make_generator(
+  run: Setup, anatomy: Anatomy | None = None
+) -> Callable[..., Generated]:
   """Compiles the generators, for batches of `bank.batch_size`.
 
   Args:
     run: set-up of the run.
+    anatomy: real cases, which `bank.masks` and `bank.strength` may ask for;
+      None makes cases of noise alone, whatever the config asks for.
 
   Returns:
     (inference, seed, number [n], group [n], title='cases') -> Generated, with
@@ -99,7 +104,9 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
   config = run.config.bank
   shape = tuple(run.config.data.size)
   size = -(-config.batch_size // run.mesh.size) * run.mesh.size
-  draw_points, draw_images = _compile(run, size)
+  strength = config.strength if anatomy else 1.0
+  draws = not anatomy or config.masks != "real"
+  draw_points, draw_images = _compile(run, size, masks=draws, strength=strength)
 
   def call(function, variables, key, *arrays):
     key = np.asarray(jax.random.key_data(key))
@@ -108,13 +115,19 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
       lambda *batch: function(variables, key, *batch), arrays, run.mesh, size
     )
 
-  def draw_masks(variables, base, number, group):
+  def draw_masks(variables, base, seed, number, group):
     """Masks, each drawn until it is sound or `max_attempts` are used up."""
     masks = np.zeros((len(number), *shape), np.uint8)
     attempts = np.zeros(len(number), int)
     faults = [""] * len(number)
-    pending = np.arange(len(number))
+    real = np.zeros(len(number), bool)
+    if anatomy and config.masks != "generated":
+      real = (config.masks == "real") | (number % 2 == 0)
+      masks[real] = anatomy.draw_masks(seed, number[real])
+    pending = np.flatnonzero(~real)
     for attempt in range(config.max_attempts):
+      if not len(pending):
+        break
       key = jax.random.fold_in(base, attempt)
       clouds = call(
         draw_points, variables, key, number[pending], group[pending]
@@ -127,12 +140,15 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
         fault = mask_fault(masks[i], min_solidity=config.min_solidity)
         faults[i] = fault or ""
       pending = np.array([i for i in pending if faults[i]], int)
-      if not len(pending):
-        break
     return masks, attempts, np.array(faults, str)
 
-  def generate_batch(inference, base, number, group):
-    masks, *rest = draw_masks(network(inference, "points"), base, number, group)
+  def generate_batch(inference, seed, number, group):
+    base = _key(seed)
+    points = network(inference, "points") if draws else None
+    masks, *rest = draw_masks(points, base, seed, number, group)
+    warped = ()
+    if strength < 1:
+      warped = (anatomy.draw_images(seed, number, group, masks),)
     images = call(
       draw_images,
       network(inference, "image"),
@@ -140,16 +156,16 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
       number,
       masks,
       group,
+      *warped,
     )
     images = np.round((images[..., 0] + 1) * 127.5).astype(np.uint8)
     return Generated(images, masks, *rest)
 
   def generate(inference, seed, number, group, title="cases"):
     number, group = np.asarray(number), np.asarray(group)
-    base = _key(seed)
     rows = batches(len(number), config.batch_size, title)
     return join(
-      [generate_batch(inference, base, number[i], group[i]) for i in rows],
+      [generate_batch(inference, seed, number[i], group[i]) for i in rows],
       shape,
     )
 
@@ -162,8 +178,8 @@ def _key(seed: int | Sequence[int]) -> jax.Array:
   return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _compile(run: Setup, size: int):
-  """The two generators, compiled for batches of `size`."""
+def _compile(run: Setup, size: int, *, masks: bool, strength: float):
+  """The two generators, of masks if asked for, for batches of `size`."""
   replicated = NamedSharding(run.mesh, PartitionSpec())
   rows = NamedSharding(run.mesh, BATCH)
   inference = {
@@ -174,9 +190,12 @@ def _compile(run: Setup, size: int):
     keys = example_keys(jax.random.wrap_key_data(key), number)
     return run.objective.tasks["points"].sample(variables, group, keys)
 
-  def draw_images(variables, key, number, mask, group):
+  def draw_images(variables, key, number, mask, group, *warped):
     keys = example_keys(jax.random.wrap_key_data(key), number)
-    return run.objective.tasks["image"].sample(variables, mask, group, keys)
+    start = (warped[0][..., None] / 127.5 - 1, strength) if warped else ()
+    return run.objective.tasks["image"].sample(
+      variables, mask, group, keys, *start
+    )
 
   def compiled(function, name: str, *shapes) -> Any:
     integers = [
@@ -187,7 +206,9 @@ def _compile(run: Setup, size: int):
     with jax.set_mesh(run.mesh):  # kernels ask for it
       return jitted.lower(network(inference, name), key, *integers).compile()
 
+  image = tuple(run.config.data.size)
+  warped = (image,) if strength < 1 else ()
   return (
-    compiled(draw_points, "points", (), ()),
-    compiled(draw_images, "image", (), tuple(run.config.data.size), ()),
+    compiled(draw_points, "points", (), ()) if masks else None,
+    compiled(draw_images, "image", (), image, (), *warped),
   )

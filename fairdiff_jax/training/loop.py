@@ -25,7 +25,8 @@ def train(
   cases: Cases,
   *,
   data: str = "",
-  make_refill: Callable[[Setup], Callable[..., Synthetic | None]] | None = None,
+  make_refill: Callable[[Setup, Cases], Callable[..., Synthetic | None]]
+  | None = None,
   name: str = "train",
   proceed: bool = False,
 ) -> TrainState | None:
@@ -37,9 +38,9 @@ def train(
     cases: training cases.
     data: digest of the prepared data; a run goes on with the same ones. '' for
       any.
-    make_refill: setup -> ((state, step, sizes [G], quota [G], directory, stop=,
-      say=) -> Synthetic), which fills a bank, or gives None if `stop()`; None
-      for runs without a bank.
+    make_refill: (setup, cases) -> ((state, step, sizes [G], quota [G],
+      directory, stop=, say=) -> Synthetic), which fills a bank, or gives None
+      if `stop()`; None for runs without a bank.
     name: what the progress bar calls the run.
     proceed: whether the run may go on with another config or other data than it
       had, as far as its networks and optimisers keep their shapes.

@@ -82,7 +82,8 @@ class Pools:
       self.filled = self._equal_scale and bool(
         quota.any() or config.fairness.tilt
       )
-    for name in GENERATORS:
+    needed = GENERATORS if config.bank.masks != "real" else ("image",)
+    for name in needed:
       if self.filled and not self._learns(name):
         raise ValueError(
           "fairness.strategy='equal_scale' needs generated cases, but"

@@ -64,7 +64,7 @@ class Session:
     workdir: Path,
     cases: Cases,
     data: str,
-    make_refill: Callable[[Setup], Callable[..., Any]] | None,
+    make_refill: Callable[[Setup, Cases], Callable[..., Any]] | None,
     name: str,
     proceed: bool,
   ):
@@ -128,7 +128,7 @@ class Session:
     self._compiled = {}
     self._compiler = Compiler(
       {
-        key: partial(make_refill, run)
+        key: partial(make_refill, run, cases)
         if key == REFILL
         else partial(make_step, run, key)
         for key in schedule.needs(config, self.start, self._refills)

@@ -1,0 +1,183 @@
+"""Real anatomy for synthetic patients: masks, and images warped onto masks.
+
+A warped image shows a real patient's eye in another shape: something to learn
+from, nothing to hand on. It needs the training cases, which lie in no
+checkpoint, so that banks alone can hold what is made from it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+TURN = 15.0  # degrees that a real case is turned by at most, either way
+GRID = 96  # longer side, in pixels, at which displacements are found
+NEAR = 2.0  # pixels of that grid within which an edge draws its surroundings
+SMOOTH = 1.0  # and the standard deviation that smooths a displacement
+ITERATIONS = 40
+
+
+class Anatomy(NamedTuple):
+  """Real cases that synthetic ones may start from.
+
+  Attributes:
+    image: uint8 [n, H, W].
+    mask: uint8 [n, H, W].
+    group: int [n], -1 for unknown.
+  """
+
+  image: np.ndarray
+  mask: np.ndarray
+  group: np.ndarray
+
+  def draw_masks(
+    self, seed: int | Sequence[int], number: np.ndarray
+  ) -> np.ndarray:
+    """Masks of patients of any group, flipped and turned a little.
+
+    Args:
+      seed: of all randomness.
+      number: of the synthetic cases [m]; each depends on its own alone.
+
+    Returns:
+      uint8 [m, H, W].
+    """
+    masks = np.empty((len(number), *self.mask.shape[1:]), np.uint8)
+    for row, rng in enumerate(_generators(seed, number, 0)):
+      masks[row] = _turned(rng, self.mask[rng.integers(len(self.mask))])[0]
+    return masks
+
+  def draw_images(
+    self,
+    seed: int | Sequence[int],
+    number: np.ndarray,
+    group: np.ndarray,
+    mask: np.ndarray,
+  ) -> np.ndarray:
+    """Images of patients of given groups, warped onto masks.
+
+    Args:
+      seed: of all randomness.
+      number: of the synthetic cases [m]; each depends on its own alone.
+      group: [m]; of one without a real case, patients of any are taken.
+      mask: uint8 [m, H, W].
+
+    Returns:
+      uint8 [m, H, W].
+    """
+    images = np.empty_like(mask)
+    for row, rng in enumerate(_generators(seed, number, 1)):
+      own = np.flatnonzero(self.group == group[row])
+      case = rng.choice(own if len(own) else len(self.group))
+      known, image = _turned(rng, self.mask[case], self.image[case])
+      images[row] = warp(image, known, mask[row])
+    return images
+
+
+def _generators(seed, number, purpose: int):
+  for n in number:
+    yield np.random.default_rng([*np.atleast_1d(seed), int(n), purpose])
+
+
+def _turned(rng, mask, image=None):
+  """A case flipped and turned, about the image's centre."""
+  height, width = mask.shape
+  matrix = cv2.getRotationMatrix2D(
+    ((width - 1) / 2, (height - 1) / 2), rng.uniform(-TURN, TURN), 1
+  )
+  if rng.random() < 0.5:
+    matrix[:, 2] += matrix[:, 0] * (width - 1)
+    matrix[:, 0] *= -1
+  mask = cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_NEAREST)
+  if image is not None:
+    image = cv2.warpAffine(
+      image,
+      matrix,
+      (width, height),
+      flags=cv2.INTER_CUBIC,
+      borderMode=cv2.BORDER_REFLECT_101,
+    )
+  return mask, image
+
+
+def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
+  """An image whose mask becomes another one, as nearly as a smooth map can.
+
+  Demons (Thirion 1998) between the signed distances to the edges of every
+  class, from a shift and a scale that match the foregrounds.
+
+  Args:
+    image: uint8 [H, W].
+    mask: uint8 [H, W], its classes; 0 is background.
+    target: uint8 [H, W], those it shall have.
+
+  Returns:
+    uint8 [H, W]; the image itself where a mask has no foreground.
+  """
+  if not (mask.any() and target.any()):
+    return image
+  height, width = mask.shape
+  scale = min(1.0, GRID / max(height, width))
+  size = (max(round(width * scale), 1), max(round(height * scale), 1))
+  source, wanted = (
+    cv2.resize(m, size, interpolation=cv2.INTER_NEAREST) for m in (mask, target)
+  )
+  classes = sorted(set(np.unique(source)) & set(np.unique(wanted)))
+  where = _match(source > 0, wanted > 0)
+  distances = [_distance(source == c) for c in classes]
+  goals = [_distance(wanted == c) for c in classes]
+  slopes = [np.gradient(d) for d in distances]
+  near = [np.exp(-((goal / NEAR) ** 2)) for goal in goals]
+  total = sum(near) + 1e-3
+  for _ in range(ITERATIONS):
+    force = np.zeros((2, *wanted.shape), np.float32)
+    for distance, goal, slope, weight in zip(
+      distances, goals, slopes, near, strict=True
+    ):
+      error = weight * (_take(distance, where) - goal) / total
+      for axis in (0, 1):
+        force[axis] -= error * _take(slope[axis], where)
+    for axis in (0, 1):
+      where[axis] += cv2.GaussianBlur(force[axis], (0, 0), SMOOTH)
+  rows, columns = (
+    cv2.resize(axis, (width, height), interpolation=cv2.INTER_LINEAR)
+    for axis in where
+  )
+  # Centres of pixels, of the grid and of the image.
+  rows = (rows + 0.5) * (height / size[1]) - 0.5
+  columns = (columns + 0.5) * (width / size[0]) - 0.5
+  return cv2.remap(
+    image, columns, rows, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101
+  )
+
+
+def _match(source, wanted) -> np.ndarray:
+  """Where to look [2, H, W] so that foregrounds have one place and size."""
+  factor = np.sqrt(source.sum() / wanted.sum())
+  grid = np.indices(wanted.shape, np.float32)
+  for axis in (0, 1):
+    from_, to = (np.argwhere(m)[:, axis].mean() for m in (source, wanted))
+    grid[axis] = from_ + (grid[axis] - to) * factor
+  return grid
+
+
+def _distance(region: np.ndarray) -> np.ndarray:
+  """Pixels [H, W] inside a region's edge, smoothed; < 0 outside."""
+  region = region.astype(np.uint8)
+  inside, outside = (
+    cv2.distanceTransform(r, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    for r in (region, 1 - region)
+  )
+  distance = np.where(region > 0, inside - 0.5, 0.5 - outside)
+  return cv2.GaussianBlur(distance.astype(np.float32), (0, 0), 0.6)
+
+
+def _take(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+  return cv2.remap(
+    values.astype(np.float32),
+    where[1],
+    where[0],
+    cv2.INTER_LINEAR,
+    borderMode=cv2.BORDER_REPLICATE,
+  )

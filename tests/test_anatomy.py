@@ -1,0 +1,102 @@
+"""Real anatomy: masks of real patients, and images warped onto masks."""
+
+import numpy as np
+import pytest
+
+from fairdiff_jax.data import phantom
+from fairdiff_jax.synthesis.anatomy import Anatomy, warp
+
+
+@pytest.fixture(scope="module")
+def anatomy():
+  group = np.arange(12) % 3 - (np.arange(12) == 11)
+  cases = [
+    phantom.generate(np.random.default_rng([5, i]), max(g, 0))
+    for i, g in enumerate(group)
+  ]
+  image, mask = (np.stack(x) for x in zip(*cases, strict=True))
+  return Anatomy(image, mask, group)
+
+
+def dice(a, b):
+  return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 96)])
+def test_what_is_warped_follows_the_mask(shape):
+  found = []
+  for seed in range(12):
+    rng = np.random.default_rng(seed)
+    mask, target = (
+      phantom.draw_mask(rng, (seed + i) % 3, shape) for i in (0, 1)
+    )
+    for label in (1, 2):
+      moved = warp(255 * (mask >= label).astype(np.uint8), mask, target) > 127
+      found.append(dice(moved, target >= label))
+  assert np.mean(found) > 0.97 and min(found) > 0.85
+
+
+def test_an_image_warped_onto_its_own_mask_stays(anatomy):
+  for image, mask in zip(anatomy.image, anatomy.mask, strict=True):
+    difference = warp(image, mask, mask).astype(float) - image
+    assert np.abs(difference).mean() < 0.5
+
+
+def test_structures_side_by_side_and_rings():
+  """Any classes: two discs apart, one in a ring."""
+  rows, columns = np.indices((64, 64))
+
+  def draw(shift, radius):
+    first = np.hypot(rows - 32, columns - 18 - shift) < radius
+    ring = np.hypot(rows - 30, columns - 46) < radius + 3
+    hole = np.hypot(rows - 30, columns - 46) < radius - 2
+    return np.select([first, hole, ring], [1, 3, 2], 0).astype(np.uint8)
+
+  mask, target = draw(0, 9), draw(-2, 11)
+  for label in (1, 2, 3):
+    moved = warp(255 * (mask == label).astype(np.uint8), mask, target) > 127
+    assert dice(moved, target == label) > 0.85
+
+
+def test_without_a_foreground_nothing_is_warped(anatomy):
+  empty = np.zeros((64, 64), np.uint8)
+  for mask, target in ((empty, anatomy.mask[0]), (anatomy.mask[0], empty)):
+    image = warp(anatomy.image[0], mask, target)
+    np.testing.assert_array_equal(image, anatomy.image[0])
+
+
+def test_a_case_depends_on_its_number_alone(anatomy):
+  number, group = np.array([4, 9, 2]), np.array([0, 1, 2])
+  masks = anatomy.draw_masks((7, 3), number)
+  images = anatomy.draw_images((7, 3), number, group, masks)
+  for i in range(3):
+    one = slice(i, i + 1)
+    mask = anatomy.draw_masks((7, 3), number[one])
+    np.testing.assert_array_equal(mask, masks[one])
+    image = anatomy.draw_images((7, 3), number[one], group[one], mask)
+    np.testing.assert_array_equal(image, images[one])
+  other = anatomy.draw_masks((7, 4), number)
+  assert (other != masks).any()
+
+
+def test_images_are_those_of_the_group(anatomy):
+  """Every patient's image is of one level of its own."""
+  level = (20 * np.arange(12)).astype(np.uint8)
+  flat = np.broadcast_to(level[:, None, None], anatomy.image.shape)
+  known = anatomy._replace(image=np.ascontiguousarray(flat))
+  number = np.arange(40)
+  masks = known.draw_masks(0, number)
+  for group in range(3):
+    images = known.draw_images(0, number, np.full(40, group), masks)
+    assert set(np.unique(images)) == set(level[known.group == group])
+  absent = known.draw_images(0, number, np.full(40, 3), masks)
+  assert len(np.unique(absent)) > 6  # of anyone
+
+
+def test_masks_are_real_ones_flipped_and_turned(anatomy):
+  masks = anatomy.draw_masks(1, np.arange(30))
+  areas = np.sort([(mask > 0).sum() for mask in anatomy.mask])
+  for mask in masks:
+    assert set(np.unique(mask)) == {0, 1, 2}
+    nearest = np.abs(areas - (mask > 0).sum()).min()
+    assert nearest < 0.1 * areas.mean()
