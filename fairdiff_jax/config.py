@@ -201,10 +201,10 @@ FIELDS: dict[str, Any] = dict(
     ),
     pooled=_names((), "those groups; found when the run starts, not given"),
     augment=_choice(
-      "light",
-      "of the segmenter's cases: shapes, or strongly tones and noise as well;"
-      " generators see none or light",
-      *("none", "strong"),
+      "strong",
+      "of the segmenter's cases: shapes, tones and noise, or lightly shapes"
+      " alone; generators see upright ones",
+      *("none", "light"),
     ),
     phantom=dict(
       train=_whole(100, "training cases, in Harvard-FairSeg's proportions"),

@@ -149,7 +149,18 @@ def test_no_border_is_made_up(recipe):
 
 
 def test_what_generators_see_is_not_distorted():
-  assert [generators_recipe(r) for r in RECIPES] == ["none", "light", "light"]
+  seen = [generators_recipe(r) for r in RECIPES]
+  assert seen == ["none", "upright", "upright"]
+  column = np.zeros((64, 64), np.uint8)
+  column[:, 40] = 255
+  exact = []
+  for seed in range(40):
+    found, mask, _ = augment("upright", rng(seed), column, column, NO_POINTS)
+    rows, columns = np.nonzero(mask)
+    lean = np.polyfit(rows, columns, 1)[0]  # never lying
+    assert abs(lean) < np.tan(np.deg2rad(16))
+    exact.append(sorted(np.unique(found)) == [0, 255])
+  assert 10 < sum(exact) < 30  # nothing interpolated where it is not turned
 
 
 def test_unknown_recipes_are_refused():

@@ -9,6 +9,9 @@ A recipe is one of
              field) and intensity (gamma, contrast, brightness, blur, noise),
              each by chance; never inverted contrast
 
+Generators draw what they see, so whatever the recipe they see no more than
+`UPRIGHT`: half the time mirrored, half the time turned by up to 15 degrees.
+
 Geometry is one map from pixels u of the result to pixels v of the source,
 
     v = c + A^-1 (u - c - t) + e(u),
@@ -25,6 +28,7 @@ import cv2
 import numpy as np
 
 RECIPES = ("none", "light", "strong")
+UPRIGHT = "upright"
 
 _GEOMETRY_CHANCE = 0.7
 _SCALE = (0.8, 1.25)
@@ -56,13 +60,13 @@ class Geometry(NamedTuple):
 
 
 def generators_recipe(recipe: str) -> str:
-  """What generators may see of a recipe: no distortion that they would draw.
+  """What generators see where segmenters see a recipe.
 
   Raises:
     ValueError: no such recipe.
   """
   _check(recipe)
-  return "none" if recipe == "none" else "light"
+  return "none" if recipe == "none" else UPRIGHT
 
 
 def augment(
@@ -75,7 +79,7 @@ def augment(
   """Augments one case; the shapes stay, the arguments are left alone.
 
   Args:
-    recipe: one of `RECIPES`.
+    recipe: one of `RECIPES`, or `UPRIGHT`.
     rng: all randomness comes from here.
     image: uint8 [H, W].
     mask: uint8 [H, W].
@@ -90,8 +94,9 @@ def augment(
   Raises:
     ValueError: no such recipe.
   """
-  _check(recipe)
-  if recipe == "light":
+  if recipe == UPRIGHT:
+    geometry = _upright(rng)
+  elif _check(recipe) == "light":
     geometry = _light(rng, image.shape)
   elif recipe == "strong":
     geometry = _strong(rng, image.shape)
@@ -105,11 +110,19 @@ def augment(
   return image.astype(np.float32), mask, points
 
 
-def _check(recipe: str) -> None:
+def _check(recipe: str) -> str:
   if recipe not in RECIPES:
     raise ValueError(
       f"unknown data.augment={recipe!r}; use one of {', '.join(RECIPES)}"
     )
+  return recipe
+
+
+def _upright(rng) -> Geometry:
+  turned = rng.random() < 0.5
+  matrix = _rotation(np.deg2rad(rng.uniform(-15, 15) * turned))
+  matrix[:, 1] *= rng.choice([-1, 1])
+  return Geometry(matrix, np.zeros(2))
 
 
 def _light(rng, shape: tuple[int, int]) -> Geometry | None:
