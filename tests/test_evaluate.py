@@ -61,7 +61,7 @@ def save(data):
 
 
 def test_masks_that_cannot_be_drawn_cost_no_report(tmp_path, save, monkeypatch):
-  def make_generator(run):
+  def make_generator(run, anatomy):
     shape = run.config.data.size
 
     def generate(inference, seed, number, group, title):

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.fairseg import Cases, digest, load, num_cases
 from fairdiff_jax.data.loader import normalize
-from fairdiff_jax.evaluation import report, segmentation
+from fairdiff_jax.evaluation import realism, report, segmentation
 from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
+from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.banks import bank_directory, read_bank
 from fairdiff_jax.training.checkpoint import network, restore_inference
@@ -57,16 +58,22 @@ def make_predictor(
 
 
 def synthesize(
-  run: Setup, inference: dict[str, Any], per_group: int
+  run: Setup, inference: dict[str, Any], per_group: int, anatomy: Anatomy
 ) -> tuple[Generated, np.ndarray, list[str]]:
-  """Fresh synthetic cases of every group, as many as have a sound mask.
+  """Fresh synthetic cases of every group, made as a bank's are.
+
+  Args:
+    run: set-up of the run.
+    inference: the state's averages.
+    per_group: how many; as many as have a sound mask are left.
+    anatomy: the training cases.
 
   Returns:
     The cases, their groups [n], and a sentence for every group that lacks some.
   """
   names, attempts = run.objective.group_names, run.config.bank.max_attempts
   group = np.repeat(np.arange(len(names), dtype=np.int32), per_group)
-  cases = make_generator(run)(
+  cases = make_generator(run, anatomy)(
     inference,
     (run.config.seed, 0, REPORT),
     np.arange(len(group)),
@@ -187,7 +194,8 @@ def evaluate(
     counts[name]["real"] = int((train_group == g).sum())
 
   size = evaluation.batch_size
-  generates = {"points", "image"} <= tasks
+  makers = {"image"} if config.bank.masks == "real" else {"points", "image"}
+  generates = makers <= tasks
   subject = "FairDiff, joint" if generates else "Segmenter"
   predictors = {}
   reason = ""
@@ -213,10 +221,13 @@ def evaluate(
   }
   if predictions:
     cases["prediction"] = predictions[subject]
-  synthetic, agreements = None, None
+  synthetic, agreements, realistic = None, None, None
   if generates and evaluation.synthetic_per_group:
     generated, group, missing = synthesize(
-      run, inference, evaluation.synthetic_per_group
+      run,
+      inference,
+      evaluation.synthetic_per_group,
+      Anatomy(train.image, train.mask, train_group),
     )
     notices += missing
     synthetic = {
@@ -224,6 +235,8 @@ def evaluate(
       "mask": generated.mask,
       "group": np.array(names)[group],
     }
+    real = {"image": test.image, "mask": test.mask, "group": cases["group"]}
+    realistic = realism.compare(real, synthetic, segmentation.STRUCTURES, names)
     agreements = {
       name: agreement(
         predict, generated, group, test, test_group, names, definitions.empty
@@ -248,6 +261,7 @@ def evaluate(
     notices=notices,
     cases=cases,
     synthetic=synthetic,
+    realism=realistic,
     agreement=agreements,
     counts=counts,
     log=workdir / "metrics.jsonl",

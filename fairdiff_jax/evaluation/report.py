@@ -26,6 +26,7 @@ from PIL import Image
 
 from fairdiff_jax import files
 from fairdiff_jax.evaluation import segmentation
+from fairdiff_jax.evaluation.realism import MIN_CASES as MIN_SAMPLE
 from fairdiff_jax.fairness import uncertainty
 from fairdiff_jax.fairness.metrics import DEFAULT, Definitions
 from fairdiff_jax.fairness.uncertainty import MIN_CASES
@@ -38,6 +39,7 @@ SIGNIFICANT = 0.05  # p above which a difference is not, either
 WORST = 6  # cases shown
 STRIP = 8  # images a group
 CURVE = 60  # points a curve is averaged to
+REALISTIC = (0.85, 1.15)  # ratios of synthetic to real that pass
 THUMBNAIL = 320  # pixels of the longer side of an inlined image
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 PLACES = range(1, len(PALETTE) + 1)  # of models
@@ -517,6 +519,29 @@ def _agreement(agreement: Mapping) -> str:
   return html_table("Agreement by segmenter and group", head, blocks)
 
 
+def _realism(realism: Mapping) -> str:
+  """AUC and ratios of statistics, a column for every group."""
+  realism = segmentation.json_ready(realism)
+  auc = ["AUC, real against synthetic"]
+  rows = {}
+  for found in realism.values():
+    auc.append(
+      td(_number(found["auc"], 1, 2) + _range(found["auc_interval"], 1, 2))
+    )
+    for name, row in found["statistics"].items():
+      interval = [row["low"], row["high"]]
+      text = _number(row["ratio"], 1, 2) + _range(interval, 1, 2)
+      off = None not in interval and not (
+        REALISTIC[0] <= row["ratio"] <= REALISTIC[1]
+      )
+      rows.setdefault(name, [escape(name.capitalize())]).append(
+        td(text, "worse" * off)
+      )
+  blocks = {"": [auc], "Synthetic / real": [*rows.values()]}
+  head = ["", *map(escape, realism)]
+  return html_table("Realism by group", head, blocks)
+
+
 def _counts(counts: Mapping[str, Mapping[str, int]]) -> str:
   sources = list(dict.fromkeys(k for row in counts.values() for k in row))
   table = {g: [row.get(k, 0) for k in sources] for g, row in counts.items()}
@@ -655,6 +680,7 @@ def _tested(
 def _trained(
   cases: Mapping | None,
   synthetic: Mapping | None,
+  realism: Mapping | None,
   agreement: Mapping | None,
   counts: Mapping | None,
   curves: Mapping[str, np.ndarray],
@@ -667,6 +693,16 @@ def _trained(
       _strips(cases, synthetic),
       f"The first {STRIP} of each group, not selected, with the outlines of "
       "their masks. Real cases are test cases.",
+    ),
+    realism
+    and section(
+      "Realism",
+      _realism(realism),
+      "A small classifier that sees the statistics below tries to tell "
+      "synthetic from real test cases: AUC 0.5 is chance, 1 is certain; a "
+      f"dash where a group has fewer than {MIN_SAMPLE} of either. Ratios of "
+      "means over cases, with 95% intervals; those beyond "
+      f"{REALISTIC[0]} to {REALISTIC[1]} are coloured.",
     ),
     agreement
     and section(
@@ -695,6 +731,7 @@ def write(
   notices: Sequence[str] = (),
   cases: Mapping[str, np.ndarray] | None = None,
   synthetic: Mapping | None = None,
+  realism: Mapping | None = None,
   agreement: Mapping | None = None,
   counts: Mapping[str, Mapping[str, int]] | None = None,
   log: str | os.PathLike | None = None,
@@ -718,6 +755,7 @@ def write(
       `[n, H, W]`; where there is none, `group` `[n]` names.
     synthetic: `image` `[m, H, W]` uint8, `mask` `[m, H, W]`, `group` `[m]`
       names.
+    realism: What `realism.compare` gives.
     agreement: Segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
       its Dice in [0, 1] on synthetic and real cases, and their ratio.
     counts: Group -> source ("real", "synthetic") -> number of training cases.
@@ -758,7 +796,7 @@ def write(
   parts = [
     *(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
     models and _tested(summaries, differences, columns, cases),
-    _trained(cases, synthetic, agreement, counts, curves),
+    _trained(cases, synthetic, realism, agreement, counts, curves),
     facts and section("The run", _definitions(facts)),
     models and section("Definitions", _definitions(glossary(definitions))),
   ]
@@ -789,6 +827,7 @@ def write(
       "groups": segmentation.groups(columns),
       "models": summaries,
       "difference": differences,
+      "realism": realism or {},
       "agreement": agreement or {},
       "training_cases": counts or {},
       "facts": facts or {},

@@ -15,6 +15,7 @@ from fairdiff_jax import files
 from fairdiff_jax.fairness import metrics, uncertainty
 
 CLASSES = {"cup": metrics.CUP, "rim": metrics.RIM, "disc": metrics.DISC}
+STRUCTURES = {"disc": metrics.DISC, "cup": (metrics.CUP,)}  # as they nest
 MEASURES = {"dice": metrics.dice, "iou": metrics.iou, "hd95": metrics.hd95}
 LOWER_IS_BETTER = ("hd95", "error")
 UNKNOWN = "unknown"

@@ -1,0 +1,421 @@
+"""How synthetic patients look beside real ones, without a segmenter.
+
+Statistics of every case say what could betray it: sharpness of edges, contrast,
+grain, vessels, sizes. A small classifier that is given all of them tries to
+tell synthetic cases from real ones; the area under its curve (AUC) is .5 where
+it cannot. Lengths are pixels of a 64-pixel image, intensities in [-1, 1].
+
+Distances between sets of feature vectors say the same of any features: those
+of Frechet (Heusel et al. 2017), of kernels (Binkowski et al. 2018), of nearest
+neighbours (precision and recall, Kynkaanniemi et al. 2019; MMD and COV,
+Achlioptas et al. 2018).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from scipy import linalg, ndimage
+from scipy.spatial.distance import cdist
+
+MIN_CASES = 16  # of a group, real and synthetic, for an AUC
+FOLDS = 5
+RIDGE = 2.0  # penalty on the classifier's weights
+RESAMPLES = 500
+LEVEL = 95  # percent, of all intervals
+BANDS = ((0.03, 0.1), (0.1, 0.2), (0.2, 0.32), (0.32, 0.5))  # cycles per pixel
+Structures = Mapping[str, Sequence[int]]
+
+
+def statistics(
+  image: np.ndarray, mask: np.ndarray, structures: Structures
+) -> dict[str, np.ndarray]:
+  """Statistics of cases.
+
+  Args:
+    image: uint8 [n, H, W].
+    mask: [n, H, W] of classes, 0 background.
+    structures: name -> the classes that it consists of.
+
+  Returns:
+    Columns [n], NaN where undefined: `brightness` of the background, `contrast
+    of <structure>` to it, `edge of <structure>` (mean gradient on its border),
+    `size of <structure>` (root of its area), `<a> to <b>` (ratio of sizes,
+    where a lies within b), `grain` (standard deviation of what a blur by one
+    pixel takes away from the background), `detail 1..4` (logarithm of the
+    amplitude in bands of frequency, coarse to fine), `vessels` (99th percentile
+    of the background's dark ridges).
+  """
+  n, *shape = mask.shape
+  unit = min(shape) / 64
+  x = image.astype(np.float32) / 127.5 - 1
+  blurred = _blur(x, unit)
+  background = mask == 0
+  away = background & (_distance(background) > 3 * unit)
+  brightness = _mean(x, background)
+  result = {"brightness": brightness}
+  gradient = np.hypot(
+    *(_blur(x, 0.5 * unit, order) for order in ((1, 0), (0, 1)))
+  )
+  inside = {
+    name: np.isin(mask, classes) for name, classes in structures.items()
+  }
+  sizes = {}
+  for name, region in inside.items():
+    border = np.abs(_signed(region)) < unit
+    border &= region.any((1, 2), keepdims=True)
+    sizes[name] = np.sqrt(region.sum((1, 2))) / unit
+    sizes[name][sizes[name] == 0] = np.nan
+    result[f"contrast of {name}"] = _mean(x, region) - brightness
+    result[f"edge of {name}"] = unit * _mean(gradient, border)
+    result[f"size of {name}"] = sizes[name]
+  for a, first in structures.items():
+    for b, second in structures.items():
+      if set(first) < set(second):
+        result[f"{a} to {b}"] = sizes[a] / sizes[b]
+  result["grain"] = _spread(x - blurred, away)
+  window = np.hanning(shape[0])[:, None] * np.hanning(shape[1])
+  amplitude = np.abs(np.fft.fft2((x - _blur(x, 8 * unit)) * window)) ** 2
+  frequency = unit * np.hypot(
+    np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])
+  )
+  for i, (low, high) in enumerate(BANDS, start=1):
+    band = (frequency >= low) & (frequency < high)
+    power = amplitude[:, band].mean(1) if band.any() else np.full(n, np.nan)
+    result[f"detail {i}"] = np.log(power + 1e-9) / 2
+  ridges = unit**2 * _ridges(x, unit)
+  result["vessels"] = np.array(
+    [
+      np.percentile(r[a], 99) if a.any() else np.nan
+      for r, a in zip(ridges, away, strict=True)
+    ]
+  )
+  return result
+
+
+def _blur(x, sigma, order=(0, 0)):
+  return ndimage.gaussian_filter(
+    x, (0, sigma, sigma), order=(0, *order), mode="nearest"
+  )
+
+
+def _ridges(x, sigma):
+  """Larger curvature [n, H, W]: positive on dark lines."""
+  rr, cc, rc = (_blur(x, sigma, order) for order in ((2, 0), (0, 2), (1, 1)))
+  return (rr + cc) / 2 + np.hypot((rr - cc) / 2, rc)
+
+
+def _distance(regions):
+  """Pixels [n, H, W] inside the regions' edges; 0 outside."""
+  result = np.empty(regions.shape, np.float32)
+  for i, region in enumerate(regions.astype(np.uint8)):
+    result[i] = cv2.distanceTransform(
+      region, cv2.DIST_L2, cv2.DIST_MASK_PRECISE
+    )
+  return result
+
+
+def _signed(regions):
+  inside, outside = _distance(regions), _distance(~regions)
+  return np.where(regions, inside - 0.5, 0.5 - outside)
+
+
+def _mean(x, where):
+  """Mean [n] where true, NaN of nothing."""
+  number = where.sum((1, 2))
+  total = np.where(where, x, 0).sum((1, 2), dtype=np.float64)
+  return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+def _spread(x, where):
+  mean = _mean(x, where)
+  return np.sqrt(_mean((x - mean[:, None, None]) ** 2, where))
+
+
+def two_sample_auc(
+  real: np.ndarray, synthetic: np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
+  """AUC of a classifier of synthetic against real cases, cross-validated.
+
+  Logistic regression on standardised features and their squares. .5 is chance;
+  less, by chance as well.
+
+  Args:
+    real: features [n, D], NaN where unknown.
+    synthetic: features [m, D].
+    seed: of folds and resamples.
+
+  Returns:
+    The AUC, mean over folds, and its interval by resampling cases; NaN where
+    either side has fewer than `MIN_CASES`.
+  """
+  n, m = len(real), len(synthetic)
+  if min(n, m) < MIN_CASES:
+    return (np.nan,) * 3
+  rng = np.random.default_rng(seed)
+  x = np.concatenate([real, synthetic]).astype(np.float64)
+  label = np.arange(n + m) >= n
+  fold = np.concatenate([rng.permutation(k) % FOLDS for k in (n, m)])
+  score = np.empty(n + m)
+  for k in range(FOLDS):
+    train = fold != k
+    center = np.nan_to_num(_nan(np.nanmean, x[train]))
+    scale = np.nan_to_num(_nan(np.nanstd, x[train])) + 1e-9
+    z = np.clip(np.nan_to_num((x - center) / scale), -3, 3)
+    z = np.concatenate([z, z**2 - 1], axis=1)
+    weights = _logistic(z[train], label[train])
+    score[~train] = z[~train] @ weights[:-1]
+  # Scores of a fold are compared among themselves: [n, m], and how much.
+  greater = np.sign(score[n:] - score[:n, None]) / 2 + 0.5
+  same = fold[:n, None] == fold[n:]
+
+  def auc(times):
+    weight = same * times[:n, None] * times[n:]
+    return (weight * greater).sum() / weight.sum()
+
+  draws = np.stack(
+    [
+      np.concatenate(
+        [np.bincount(rng.integers(k, size=k), minlength=k) for k in (n, m)]
+      )
+      for _ in range(RESAMPLES)
+    ]
+  )
+  low, high = _percentiles(np.array([auc(times) for times in draws]))
+  return float(auc(np.ones(n + m))), low, high
+
+
+def _nan(function, x):
+  with np.errstate(all="ignore"):
+    known = np.where(np.isfinite(x).any(0), x, 0)
+    return function(known, axis=0)
+
+
+def _logistic(x, label):
+  """Weights [D + 1] of a ridge-penalised logistic regression; Newton."""
+  x = np.c_[x, np.ones(len(x))]
+  weights = np.zeros(x.shape[1])
+  penalty = np.full(x.shape[1], RIDGE)
+  penalty[-1] = 1e-6
+  for _ in range(25):
+    p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+    hessian = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)
+    weights -= np.linalg.solve(hessian, x.T @ (p - label) + penalty * weights)
+  return weights
+
+
+def _percentiles(values):
+  tail = (100 - LEVEL) / 2
+  known = values[np.isfinite(values)]
+  if not len(known):
+    return np.nan, np.nan
+  return tuple(float(v) for v in np.percentile(known, (tail, 100 - tail)))
+
+
+def compare(
+  real: Mapping[str, np.ndarray],
+  synthetic: Mapping[str, np.ndarray],
+  structures: Structures,
+  groups: Sequence[str],
+  seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+  """Real beside synthetic cases, group by group.
+
+  Args:
+    real: `image` uint8 [n, H, W], `mask` [n, H, W], `group` names [n].
+    synthetic: the same of m cases.
+    structures: name -> the classes that it consists of.
+    groups: names of the groups.
+    seed: of folds and resamples.
+
+  Returns:
+    Group -> {`auc`, `auc_interval` (low, high), `real` and `synthetic` numbers
+    of cases, `statistics`: name -> {`real`, `synthetic`, `ratio`, `low`,
+    `high`}}. A statistic is its mean over cases, and `... between patients`
+    the standard deviation over them; a ratio is that of synthetic to real, of
+    `detail` that of amplitudes. Ratios and their intervals, by resampling
+    cases, are NaN where a side has fewer than 2.
+  """
+  tables = [
+    statistics(x["image"], x["mask"], structures) for x in (real, synthetic)
+  ]
+  result = {}
+  for name in groups:
+    rng = np.random.default_rng(seed)
+    rows = [np.asarray(x["group"]) == name for x in (real, synthetic)]
+    sides = [
+      {k: v[row] for k, v in table.items()}
+      for table, row in zip(tables, rows, strict=True)
+    ]
+    features = [np.stack([*side.values()], axis=1) for side in sides]
+    auc, low, high = two_sample_auc(*features, seed)
+    numbers = [int(row.sum()) for row in rows]
+    found = {"auc": auc, "auc_interval": (low, high)}
+    found |= dict(zip(("real", "synthetic"), numbers, strict=True))
+    found["statistics"] = _beside(rng, *sides)
+    result[name] = found
+  return result
+
+
+SPREADS = ("brightness",)  # statistics whose spread between patients counts
+
+
+def _beside(rng, real, synthetic):
+  index = [
+    rng.integers(
+      max(len(s["brightness"]), 1), size=(RESAMPLES, len(s["brightness"]))
+    )
+    for s in (real, synthetic)
+  ]
+  result = {}
+  for name in real:
+    kinds = {name: np.nanmean}
+    if name in SPREADS or " to " in name:
+      kinds[f"{name} between patients"] = np.nanstd
+    for title, function in kinds.items():
+      values = [s[name] for s in (real, synthetic)]
+      if min(np.isfinite(v).sum() for v in values) < 2:
+        result[title] = dict.fromkeys(
+          ("real", "synthetic", "ratio", "low", "high"), np.nan
+        )
+        continue
+      a, b = (float(function(v)) for v in values)
+      with np.errstate(all="ignore"):
+        draws = [
+          function(v[i], axis=1) for v, i in zip(values, index, strict=True)
+        ]
+      if name == "brightness" and function is np.nanmean:
+        a, b, draws = a + 1, b + 1, [d + 1 for d in draws]  # 0 is black
+      if name.startswith("detail"):
+        a, b, draws = np.exp(a), np.exp(b), [np.exp(d) for d in draws]
+      with np.errstate(all="ignore"):
+        ratio, (low, high) = np.divide(b, a), _percentiles(draws[1] / draws[0])
+      result[title] = {
+        "real": float(a),
+        "synthetic": float(b),
+        "ratio": float(ratio),
+        "low": low,
+        "high": high,
+      }
+  return result
+
+
+def frechet_distance(real: np.ndarray, synthetic: np.ndarray) -> float:
+  """Frechet distance between normal distributions fitted to features (FID).
+
+  |mu_r - mu_s|^2 + tr(C_r + C_s - 2 (C_r C_s)^(1/2)), with covariances of
+  divisor n - 1. It is biased upwards in small samples: compare at equal n.
+
+  Args:
+    real: [n, D], n at least 2.
+    synthetic: [m, D], m at least 2.
+
+  Raises:
+    ValueError: of shapes that do not fit.
+  """
+  real, synthetic = _features(real, synthetic, 2)
+  difference = real.mean(0) - synthetic.mean(0)
+  a, b = (np.atleast_2d(np.cov(x.T)) for x in (real, synthetic))
+  # tr (AB)^(1/2) from the eigenvalues of B^(1/2) A B^(1/2), which are real.
+  value, vector = linalg.eigh(b)
+  root = vector * np.sqrt(np.maximum(value, 0)) @ vector.T
+  values = linalg.eigvalsh(root @ a @ root)
+  trace = np.sqrt(np.maximum(values, 0)).sum()
+  return float(difference @ difference + np.trace(a) + np.trace(b) - 2 * trace)
+
+
+def kernel_distance(real: np.ndarray, synthetic: np.ndarray) -> float:
+  """Squared maximum mean discrepancy (KID), unbiased: it may be negative.
+
+  With the kernel (x . y / D + 1)^3 of features [n, D] and [m, D], n and m at
+  least 2.
+
+  Raises:
+    ValueError: of shapes that do not fit.
+  """
+  real, synthetic = _features(real, synthetic, 2)
+
+  def kernel(x, y):
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+  def within(x):
+    k = kernel(x, x)
+    return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+  across = kernel(real, synthetic).mean()
+  return float(within(real) + within(synthetic) - 2 * across)
+
+
+def precision_recall(
+  real: np.ndarray, synthetic: np.ndarray, k: int = 3
+) -> tuple[float, float]:
+  """Share of synthetic features within the real ones' manifold, and converse.
+
+  A manifold is the union of balls about a set's points up to their k-th
+  nearest neighbours.
+
+  Args:
+    real: [n, D], n above k.
+    synthetic: [m, D], m above k.
+    k: neighbours.
+
+  Raises:
+    ValueError: of shapes that do not fit.
+  """
+  real, synthetic = _features(real, synthetic, k + 1)
+
+  def share(points, of):
+    radius = np.sort(cdist(of, of), axis=1)[:, k]
+    return float((cdist(points, of) <= radius).any(1).mean())
+
+  return share(synthetic, real), share(real, synthetic)
+
+
+def minimum_matching_distance(
+  real: np.ndarray, synthetic: np.ndarray, *, published: bool = False
+) -> float:
+  """Mean distance from a real case to its nearest synthetic one (MMD).
+
+  Args:
+    real: features [n, D].
+    synthetic: [m, D].
+    published: as the paper's public code has it, with the roles swapped.
+
+  Raises:
+    ValueError: of shapes that do not fit.
+  """
+  distance = cdist(*_features(real, synthetic, 1))
+  return float(distance.min(0 if published else 1).mean())
+
+
+def coverage(
+  real: np.ndarray, synthetic: np.ndarray, *, published: bool = False
+) -> float:
+  """Share of real cases that are the nearest of some synthetic one (COV).
+
+  Args:
+    real: features [n, D].
+    synthetic: [m, D].
+    published: as the paper's public code has it, with the roles swapped.
+
+  Raises:
+    ValueError: of shapes that do not fit.
+  """
+  distance = cdist(*_features(real, synthetic, 1))
+  axis = 1 if published else 0
+  nearest = distance.argmin(axis)
+  return len(np.unique(nearest)) / distance.shape[axis]
+
+
+def _features(real, synthetic, least: int):
+  real, synthetic = (np.asarray(x, np.float64) for x in (real, synthetic))
+  for name, x in (("real", real), ("synthetic", synthetic)):
+    if x.ndim != 2 or x.shape[1] != real.shape[-1] or len(x) < least:
+      raise ValueError(
+        f"{name} features have shape {x.shape}; give at least {least} rows of"
+        f" {real.shape[-1]} features"
+      )
+    if not np.isfinite(x).all():
+      raise ValueError(f"{name} features are not finite")
+  return real, synthetic
