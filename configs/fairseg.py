@@ -29,7 +29,6 @@ def get_config(variant: str = ""):
   config.image.patch = 4
   config.segmenter.channels = (32, 64, 128, 256)
   config.objective.agreement = 0.1
-  config.fairness.method = "variance"
   config.train.steps = 30_000
   config.train.image = (5 / 30, 1.0)
   config.train.segmenter = (0.5, 1.0)
@@ -48,12 +47,14 @@ def _small(config):
   config.image.num_blocks = 1
   config.segmenter.channels = (16, 32, 48)
   config.segmenter.patch = 4
-  config.train.steps = 1_700
-  config.train.image = (7 / 17, 1.0)
-  config.train.segmenter = (11 / 17, 1.0)
+  config.train.steps = 5_000
+  config.train.image = (0.2, 1.0)
+  config.train.segmenter = (0.8, 1.0)
   config.train.generation_batch = config.train.segmentation_batch = 16
-  config.bank.every = 300
-  config.checkpoint.every = 300
+  config.bank.every = 250
+  config.bank.masks = "both"
+  config.bank.strength = 0.4
+  config.checkpoint.every = 500
 
 
 def _sd15(config):
@@ -98,6 +99,7 @@ def _samed(config):
   evaluation.equity=fairseg_sum besides.
   """
   _segmenter_alone(config)
+  config.data.augment = "light"
   config.data.crop = config.data.size = (512, 512)
   config.segmenter.network = "samed"
   config.segmenter.cross_entropy_weight = 0.2
@@ -118,6 +120,7 @@ def _transunet(config):
   are resized by nearest pixel, here by area); definitions as for SAMed.
   """
   _segmenter_alone(config)
+  config.data.augment = "light"
   config.data.crop = (512, 512)
   config.data.size = (224, 224)
   config.segmenter.network = "transunet"

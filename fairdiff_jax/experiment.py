@@ -18,7 +18,11 @@ from fairdiff_jax.training.loop import train
 
 
 def baseline_config(config: ConfigDict) -> ConfigDict:
-  """The same segmenter and steps on real data alone, without regularizer."""
+  """What one would do without generators, at the same steps.
+
+  The same segmenter and augmentation on real cases alone, those of small groups
+  drawn as often as those of large ones, without a regularizer.
+  """
   baseline = config.copy_and_resolve_references()
   with baseline.unlocked():
     start, stop = configs.span(config, "segmenter")
@@ -26,7 +30,7 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
     baseline.train.segmenter = (0, stop - start)
     baseline.train.points = baseline.train.image = (0, 0)
     baseline.fairness.method = "erm"
-    baseline.fairness.strategy = "none"
+    baseline.fairness.strategy = "repeat_sample"
     baseline.baseline = False
   return baseline
 

@@ -144,7 +144,7 @@ def test_the_phantom_study_s_methods_fit_the_config():
   for name, changes in phantom_study.METHODS.items():
     config = study.configure(phantom.get_config(), changes)
     segmenter = config.train.segmenter
-    assert segmenter[1] - segmenter[0] == 300  # the same for all
+    assert segmenter[1] - segmenter[0] == phantom_study.STEPS
     assert "segmenter" in active_networks(config, config.train.steps - 1)
     for field, _ in filter(None, [phantom_study.CHOICES.get(name)]):
       assert study.configure(config, {field: 1.0})

@@ -27,7 +27,7 @@ from fairdiff_jax.training.pools import case_groups
 from fairdiff_jax.training.schedule import bank_step, learning_steps
 from fairdiff_jax.training.setup import Setup, setup
 
-BASELINE = "Baseline (ERM)"
+BASELINE = "Baseline (Repeat Sample)"
 REPORT = 2  # tells the noise of a report's cases from that of banks
 
 
