@@ -8,6 +8,7 @@ slow to import in `main`, so that what is wrong with a command is said at once.
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -187,4 +188,9 @@ def _help(takes_config, arguments):
 def _fail(error: Exception) -> int:
   lines = [line.rstrip() for line in str(error).splitlines()]
   print("error:", "\n".join(filter(None, lines)), file=sys.stderr)
+  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    # An orderly end would wait for the other processes, which wait for this.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
   return 1
