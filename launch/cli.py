@@ -170,7 +170,7 @@ def _help(module, takes_config, arguments):
     lines += ["", f"Arguments: {arguments}"]
   if takes_config:
     lines.append(
-      "  --config         Recipe, NAME or FILE, or with :VARIANT; else the config"
+      "  --config         Recipe, NAME or FILE, or with :VARIANT; else that"
       " of the run\n                   in --workdir."
     )
     lines += ["", "Recipes:"]
