@@ -12,7 +12,19 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=find_packages(include=["fairdiff_jax", "fairdiff_jax.*", "configs"]),
+  packages=[
+    *find_packages(include=["fairdiff_jax", "fairdiff_jax.*"]),
+    "fairdiff_jax.configs",
+    "fairdiff_jax.launch",
+  ],
+  package_dir={
+    "fairdiff_jax.configs": "configs",
+    "fairdiff_jax.launch": "launch",
+  },
+  package_data={"fairdiff_jax": ["py.typed"]},
+  entry_points={
+    "console_scripts": ["fairdiff=fairdiff_jax.launch.command:main"]
+  },
   install_requires=[
     "absl-py",
     "array_record",

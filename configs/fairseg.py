@@ -12,7 +12,8 @@ alone, on real cases, as published). The last three start from weights:
 --config.image.weights=DIR, --config.segmenter.weights=FILE.
 """
 
-from configs.phantom import shrink_points
+from fairdiff_jax.configs.phantom import shrink_points
+
 from fairdiff_jax.config import defaults
 
 

@@ -11,9 +11,9 @@ import ast
 import contextlib
 import time
 
-import cli
 import numpy as np
 from absl import flags
+from fairdiff_jax.launch import cli
 from tqdm import tqdm
 
 FIELD = flags.DEFINE_string("field", "fairness.method", "Field to vary.")
@@ -111,5 +111,9 @@ def main(_):
     )
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main, takes_config=True)
+
+
+if __name__ == "__main__":
+  start()

@@ -13,9 +13,9 @@ import itertools
 import os
 from concurrent import futures
 
-import cli
 import numpy as np
 from absl import flags
+from fairdiff_jax.launch import cli
 from tqdm import tqdm
 
 TRIALS = flags.DEFINE_integer("trials", 1000, "Test sets a row.", lower_bound=1)
@@ -122,5 +122,9 @@ def main(_):
     print(f"| {' | '.join(cells)} |")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main)
+
+
+if __name__ == "__main__":
+  start()

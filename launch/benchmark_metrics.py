@@ -12,9 +12,9 @@ first few of every chunk.
 import importlib.util
 import time
 
-import cli
 import numpy as np
 from absl import flags
+from fairdiff_jax.launch import cli
 from tqdm import tqdm
 
 CHUNK = 50
@@ -123,5 +123,9 @@ def main(_):
   )
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main)
+
+
+if __name__ == "__main__":
+  start()

@@ -20,9 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import cli
 import numpy as np
 from absl import flags
+from fairdiff_jax.launch import cli
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
@@ -59,7 +59,7 @@ SMALL = {
 
 def configure(name, weights):
   """The recipe, without warm-up and dropout."""
-  from configs import fairseg
+  from fairdiff_jax.configs import fairseg
 
   config = fairseg.get_config(name)
   with config.unlocked():
@@ -270,5 +270,9 @@ def main(_):
   print("\n".join(lines))
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main)
+
+
+if __name__ == "__main__":
+  start()

@@ -42,7 +42,7 @@ def run(
     arguments: what arguments besides flags are; '' where there are none.
   """
   if set(HELP) & set(sys.argv[1:]):
-    print(_help(takes_config, arguments))
+    print(_help(main.__module__, takes_config, arguments))
     return
 
   def parse(argv: Sequence[str]) -> list[str]:
@@ -79,13 +79,15 @@ def config() -> ConfigDict:
 
 
 def recipe(name: str) -> ConfigDict:
-  """The config of FILE or FILE:VARIANT.
+  """The config of NAME or FILE, of which :VARIANT may follow.
 
   Raises:
     FileNotFoundError: no such file.
     ValueError: no recipe, or no such variant.
   """
   path, _, variant = name.partition(":")
+  if (RECIPES / f"{path}.py").is_file():
+    path = str(RECIPES / f"{path}.py")
   if not Path(path).is_file():
     known = ", ".join(f"configs/{module}.py" for module in _recipes())
     raise FileNotFoundError(
@@ -153,23 +155,23 @@ def _take(argv, name):
 def _recipes():
   """Modules in `configs/` that are recipes, by name."""
   modules = {
-    path.stem: importlib.import_module(f"configs.{path.stem}")
+    path.stem: importlib.import_module(f"fairdiff_jax.configs.{path.stem}")
     for path in sorted(RECIPES.glob("*.py"))
   }
   return {k: v for k, v in modules.items() if hasattr(v, "get_config")}
 
 
-def _help(takes_config, arguments):
-  script = sys.modules["__main__"]
+def _help(module, takes_config, arguments):
+  script = sys.modules[module]
   lines = [script.__doc__ or "", "Flags:"]
-  for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+  for flag in flags.FLAGS.get_key_flags_for_module(script):
     default = "" if flag.default is None else f" (default: {flag.default})"
     lines.append(f"  --{flag.name:<14} {flag.help}{default}")
   if arguments:
     lines += ["", f"Arguments: {arguments}"]
   if takes_config:
     lines.append(
-      "  --config         Recipe, FILE or FILE:VARIANT; without it, the config"
+      "  --config         Recipe, NAME or FILE, or with :VARIANT; else that"
       " of the run\n                   in --workdir."
     )
     lines += ["", "Recipes:"]

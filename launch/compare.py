@@ -9,8 +9,8 @@ in which they differ. The runs must have reports (launch/evaluate.py) on the
 same test cases, by the same definitions; their baselines are left out.
 """
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 OUT = flags.DEFINE_string("out", "comparison", "Directory to write.")
 NAMES = flags.DEFINE_list("names", None, "Of the methods, by their first runs.")
@@ -34,5 +34,9 @@ def main(runs):
   print(f"comparison: {OUT.value}/index.html")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main, arguments="directories of the runs")
+
+
+if __name__ == "__main__":
+  start()

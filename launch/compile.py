@@ -12,8 +12,8 @@ operations need; the time spent in kernels is left out.
 import json
 import os
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 # libtpu asks what machine it runs on, and waits for answers that nobody gives.
 NO_TPU = {
@@ -73,5 +73,9 @@ def main(_):
       json.dump({"topology": TOPOLOGY.value, **found}, file, indent=2)
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main, takes_config=True)
+
+
+if __name__ == "__main__":
+  start()

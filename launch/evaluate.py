@@ -8,8 +8,8 @@ By other definitions than the run's own:
     --config.evaluation.equity=fairseg_sum
 """
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 from fairdiff_jax import config as configs
 
@@ -29,5 +29,9 @@ def main(_):
   print(f"report: {directory}/index.html")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main, takes_config=True)
+
+
+if __name__ == "__main__":
+  start()

@@ -10,9 +10,9 @@ command needs.
 import os
 from pathlib import Path
 
-import cli
 import numpy as np
 from absl import flags
+from fairdiff_jax.launch import cli
 
 SOURCE = flags.DEFINE_string(
   "source", None, "Pipeline's folder as diffusers writes it, or single file."
@@ -116,5 +116,9 @@ def main(_):
   print(f"written: {out}; train with {fields}")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main)
+
+
+if __name__ == "__main__":
+  start()

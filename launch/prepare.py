@@ -8,8 +8,8 @@ With image.cache_latents=True and image.weights it also encodes the training
 images, which training would else do when it starts.
 """
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 from fairdiff_jax import config as configs
 
@@ -45,5 +45,9 @@ def main(_):
   return 0
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main, takes_config=True)
+
+
+if __name__ == "__main__":
+  start()

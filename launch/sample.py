@@ -7,8 +7,8 @@ Writes npz files of the current FairSeg release, data_summary.csv,
 manifest.jsonl and a contact sheet. The same command goes on where it stopped.
 """
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 COUNTS = flags.DEFINE_list(
@@ -28,5 +28,9 @@ def main(_):
   print(f"contact sheet: {OUT.value}/contact_sheet.png")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main)
+
+
+if __name__ == "__main__":
+  start()

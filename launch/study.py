@@ -3,8 +3,8 @@
 python launch/study.py --workdir runs/study
 """
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 WORKDIR = flags.DEFINE_string(
   "workdir", "runs/study", "Directory of the study."
@@ -13,7 +13,8 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
 
 
 def main(_):
-  from configs import phantom, phantom_study
+  from fairdiff_jax.configs import phantom, phantom_study
+
   from fairdiff_jax import study
 
   try:
@@ -33,5 +34,9 @@ def main(_):
     print(f"comparison: {page}")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main)
+
+
+if __name__ == "__main__":
+  start()

@@ -9,8 +9,8 @@ from its newest checkpoint, say so; what was changed is recorded:
     --config.train.steps=3000
 """
 
-import cli
 from absl import flags
+from fairdiff_jax.launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 CONTINUE = flags.DEFINE_bool(
@@ -42,5 +42,9 @@ def main(_):
     print(f"report: {WORKDIR.value}/report/index.html")
 
 
-if __name__ == "__main__":
+def start():
   cli.run(main, takes_config=True)
+
+
+if __name__ == "__main__":
+  start()

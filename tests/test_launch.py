@@ -12,7 +12,9 @@ from fairdiff_jax import config as configs
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
-  path.stem for path in (ROOT / "launch").glob("*.py") if path.stem != "cli"
+  path.stem
+  for path in (ROOT / "launch").glob("*.py")
+  if path.stem not in ("__init__", "cli", "command")
 )
 SMOKE = ("--config", "configs/phantom.py:smoke")
 
