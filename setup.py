@@ -51,6 +51,7 @@ setup(
       "medpy",
       "pytest-xdist",
       "ruff",
+      "setuptools",
     ],
     "parity": ["diffusers", "segment-anything", "torch", "transformers"],
   },
