@@ -1,7 +1,7 @@
 # make quickstart   installs, trains the three networks on phantoms, reports
 # make test         installs, checks style, runs the tests
 # make parity       tests the published networks, against their PyTorch peers
-# make study        compares the methods on phantoms, with seeds (an hour)
+# make study        compares the methods on phantoms, with seeds (hours)
 # PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
