@@ -190,7 +190,8 @@ def _help(module, takes_config, arguments):
 def _fail(error: Exception) -> int:
   lines = [line.rstrip() for line in str(error).splitlines()]
   print("error:", "\n".join(filter(None, lines)), file=sys.stderr)
-  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+  jax = sys.modules.get("jax")
+  if jax and jax.distributed.is_initialized():
     # An orderly end would wait for the other processes, which wait for this.
     sys.stdout.flush()
     sys.stderr.flush()
