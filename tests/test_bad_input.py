@@ -137,7 +137,7 @@ def test_directory_of_another_config(tmp_path):
   with pytest.raises(ValueError) as error:
     train(other, tmp_path, make_cases())
   message = str(error.value)
-  assert "fairness.method: variance before, gap now" in message
+  assert "fairness.method: erm before, gap now" in message
   assert "seed: 0 before, 3 now" in message
   assert "another --workdir" in message
   with pytest.raises(ValueError, match="seed: 0 before, 3 now"):
