@@ -20,13 +20,13 @@ def get_config(variant: str = ""):
   config.data.size = (64, 64)
   shrink_points(config)
 
-  config.train.steps = 1600
-  config.train.image = (0.25, 1.0)
-  config.train.segmenter = (0.375, 1.0)
-  config.bank.every = 250
+  config.train.steps = 1300
+  config.train.image = (600 / 1300, 1.0)
+  config.train.segmenter = (700 / 1300, 1.0)
+  config.bank.every = 200
   config.bank.masks = "both"
   config.bank.strength = 0.4
-  config.checkpoint.every = 400
+  config.checkpoint.every = 300
   config.evaluation.synthetic_per_group = 32
   config.objective.agreement = 0.1
   if variant == "smoke":

@@ -123,8 +123,8 @@ def test_latents_are_scaled_by_the_weights_factor(directory):
   }
   keys = example_keys(jax.random.key(0), jnp.arange(2))
   space, variables = load(directory)
-  encode = jax.jit(lambda v, batch: space.encode(v, batch, keys))
-  decode = jax.jit(lambda v, x: space.decode(v, x[0], x[1]))
+  encode = jax.jit(lambda v, batch: space.encode(v, batch, keys)[0])
+  decode = jax.jit(lambda v, x: space.decode(v, x, None))
 
   def run(variables):
     encoded = [encode(variables, x) for x in (batch, cached)]
