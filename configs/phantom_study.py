@@ -1,8 +1,7 @@
 """The methods of the phantom study, as changes of `configs/phantom.py`."""
 
-# All methods see the same augmentation and this many steps of the segmenter,
-# at which validation phantoms gain nothing more from Repeat Sample.
-STEPS = 1000
+STEPS = 1000  # of every method's segmenter
+GENERATION = 2200  # of the generators'
 
 # Data strategies of a segmenter that learns alone.
 _ALONE = {
@@ -13,21 +12,24 @@ _ALONE = {
   "fairness.method": "erm",
   "fairness.strategy": "none",
 }
-_GENERATORS = {"train.points": (0, 2200), "train.image": (600, 2200)}
+_GENERATORS = {
+  "train.points": (0, GENERATION),
+  "train.image": (600, GENERATION),
+}
 # Generators first, then one bank, then the segmenter.
 _STAGED = _GENERATORS | {
-  "train.steps": 2200 + STEPS,
-  "train.segmenter": (2200, 2200 + STEPS),
+  "train.steps": GENERATION + STEPS,
+  "train.segmenter": (GENERATION, GENERATION + STEPS),
   "bank.every": STEPS,
   "bank.masks": "generated",
   "bank.strength": 1.0,
-  "checkpoint.every": 2200,
+  "checkpoint.every": GENERATION,
   "fairness.method": "erm",
   "fairness.strategy": "equal_scale",
 }
 _JOINT = _GENERATORS | {
-  "train.steps": 2200,
-  "train.segmenter": (2200 - STEPS, 2200),
+  "train.steps": GENERATION,
+  "train.segmenter": (GENERATION - STEPS, GENERATION),
   "fairness.method": "erm",
   "fairness.real_share": 0.5,
 }
@@ -61,7 +63,7 @@ METHODS = {
 }
 # The methods whose generators, up to the step of their only bank, are the
 # same, so that they are trained once.
-SHARED = {"Equal Scale, half real": ("Equal Scale, published", 2200)}
+SHARED = {"Equal Scale, half real": ("Equal Scale, published", GENERATION)}
 
 # What is chosen by ES-Dice, mean of cup and rim, on validation phantoms.
 CHOICES = {

@@ -1,4 +1,4 @@
-"""Is a mask, made up or real, the mask of an eye?"""
+"""What masks show: whether one is the mask of an eye, how deep pixels lie."""
 
 import cv2
 import numpy as np
@@ -43,3 +43,18 @@ def _solidity(region: np.ndarray) -> float:
   filled = np.zeros(region.shape, np.uint8)
   cv2.fillConvexPoly(filled, cv2.convexHull(ends.astype(np.int32)), 1)
   return np.count_nonzero(region) / np.count_nonzero(filled)
+
+
+def signed_distance(region: np.ndarray) -> np.ndarray:
+  """Pixels inside a region's edge, < 0 outside it: float32 [H, W].
+
+  Args:
+    region: bool [H, W]; the image's border is no edge.
+  """
+  inside, outside = (
+    cv2.distanceTransform(
+      side.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE
+    )
+    for side in (region, ~region)
+  )
+  return np.where(region, inside - 0.5, 0.5 - outside)

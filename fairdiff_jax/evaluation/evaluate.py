@@ -23,7 +23,7 @@ from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.banks import bank_directory, read_bank
 from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.mesh import map_batch
-from fairdiff_jax.training.pools import case_groups
+from fairdiff_jax.training.pools import case_groups, makers
 from fairdiff_jax.training.schedule import bank_step, learning_steps
 from fairdiff_jax.training.setup import Setup, setup
 
@@ -194,8 +194,7 @@ def evaluate(
     counts[name]["real"] = int((train_group == g).sum())
 
   size = evaluation.batch_size
-  makers = {"image"} if config.bank.masks == "real" else {"points", "image"}
-  generates = makers <= tasks
+  generates = {*makers(config)} <= tasks
   subject = "FairDiff, joint" if generates else "Segmenter"
   predictors = {}
   reason = ""

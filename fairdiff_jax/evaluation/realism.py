@@ -14,10 +14,11 @@ Achlioptas et al. 2018).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from scipy import linalg, ndimage
 from scipy.spatial.distance import cdist
+
+from fairdiff_jax.data.audit import signed_distance
 
 MIN_CASES = 16  # of a group, real and synthetic, for an AUC
 FOLDS = 5
@@ -52,7 +53,7 @@ def statistics(
   x = image.astype(np.float32) / 127.5 - 1
   blurred = _blur(x, unit)
   background = mask == 0
-  away = background & (_distance(background) > 3 * unit)
+  away = _distance(background) > 3 * unit - 0.5  # from the nearest structure
   brightness = _mean(x, background)
   result = {"brightness": brightness}
   gradient = np.hypot(
@@ -63,7 +64,7 @@ def statistics(
   }
   sizes = {}
   for name, region in inside.items():
-    border = np.abs(_signed(region)) < unit
+    border = np.abs(_distance(region)) < unit
     border &= region.any((1, 2), keepdims=True)
     sizes[name] = np.sqrt(region.sum((1, 2))) / unit
     sizes[name][sizes[name] == 0] = np.nan
@@ -107,18 +108,7 @@ def _ridges(x, sigma):
 
 
 def _distance(regions):
-  """Pixels [n, H, W] inside the regions' edges; 0 outside."""
-  result = np.empty(regions.shape, np.float32)
-  for i, region in enumerate(regions.astype(np.uint8)):
-    result[i] = cv2.distanceTransform(
-      region, cv2.DIST_L2, cv2.DIST_MASK_PRECISE
-    )
-  return result
-
-
-def _signed(regions):
-  inside, outside = _distance(regions), _distance(~regions)
-  return np.where(regions, inside - 0.5, 0.5 - outside)
+  return np.array([signed_distance(r) for r in regions]).reshape(regions.shape)
 
 
 def _mean(x, where):
@@ -160,8 +150,9 @@ def two_sample_auc(
   score = np.empty(n + m)
   for k in range(FOLDS):
     train = fold != k
-    center = np.nan_to_num(_nan(np.nanmean, x[train]))
-    scale = np.nan_to_num(_nan(np.nanstd, x[train])) + 1e-9
+    # A feature that no case has tells nothing.
+    known = np.where(np.isfinite(x[train]).any(0), x[train], 0)
+    center, scale = np.nanmean(known, axis=0), np.nanstd(known, axis=0) + 1e-9
     z = np.clip(np.nan_to_num((x - center) / scale), -3, 3)
     z = np.concatenate([z, z**2 - 1], axis=1)
     weights = _logistic(z[train], label[train])
@@ -184,12 +175,6 @@ def two_sample_auc(
   )
   low, high = _percentiles(np.array([auc(times) for times in draws]))
   return float(auc(np.ones(n + m))), low, high
-
-
-def _nan(function, x):
-  with np.errstate(all="ignore"):
-    known = np.where(np.isfinite(x).any(0), x, 0)
-    return function(known, axis=0)
 
 
 def _logistic(x, label):
@@ -258,9 +243,6 @@ def compare(
   return result
 
 
-SPREADS = ("brightness",)  # statistics whose spread between patients counts
-
-
 def _beside(rng, real, synthetic):
   index = [
     rng.integers(
@@ -271,7 +253,7 @@ def _beside(rng, real, synthetic):
   result = {}
   for name in real:
     kinds = {name: np.nanmean}
-    if name in SPREADS or " to " in name:
+    if name == "brightness" or " to " in name:
       kinds[f"{name} between patients"] = np.nanstd
     for title, function in kinds.items():
       values = [s[name] for s in (real, synthetic)]
@@ -385,8 +367,7 @@ def minimum_matching_distance(
   Raises:
     ValueError: of shapes that do not fit.
   """
-  distance = cdist(*_features(real, synthetic, 1))
-  return float(distance.min(0 if published else 1).mean())
+  return float(_distances(real, synthetic, published).min(1).mean())
 
 
 def coverage(
@@ -402,10 +383,14 @@ def coverage(
   Raises:
     ValueError: of shapes that do not fit.
   """
+  distance = _distances(real, synthetic, published)
+  return len(np.unique(distance.argmin(0))) / len(distance)
+
+
+def _distances(real, synthetic, published: bool) -> np.ndarray:
+  """Distances from real to synthetic features, or with the roles swapped."""
   distance = cdist(*_features(real, synthetic, 1))
-  axis = 1 if published else 0
-  nearest = distance.argmin(axis)
-  return len(np.unique(nearest)) / distance.shape[axis]
+  return distance.T if published else distance
 
 
 def _features(real, synthetic, least: int):

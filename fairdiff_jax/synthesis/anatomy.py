@@ -11,6 +11,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from fairdiff_jax.data.audit import signed_distance
+
 TURN = 15.0  # degrees that a real case is turned by at most, either way
 GRID = 96  # longer side, in pixels, at which displacements are found
 NEAR = 2.0  # pixels of that grid within which an edge draws its surroundings
@@ -163,19 +165,13 @@ def _match(source, wanted) -> np.ndarray:
 
 
 def _distance(region: np.ndarray) -> np.ndarray:
-  """Pixels [H, W] inside a region's edge, smoothed; < 0 outside."""
-  region = region.astype(np.uint8)
-  inside, outside = (
-    cv2.distanceTransform(r, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    for r in (region, 1 - region)
-  )
-  distance = np.where(region > 0, inside - 0.5, 0.5 - outside)
-  return cv2.GaussianBlur(distance.astype(np.float32), (0, 0), 0.6)
+  """Signed distance [H, W], smoothed."""
+  return cv2.GaussianBlur(signed_distance(region), (0, 0), 0.6)
 
 
 def _take(values: np.ndarray, where: np.ndarray) -> np.ndarray:
   return cv2.remap(
-    values.astype(np.float32),
+    values,
     where[1],
     where[0],
     cv2.INTER_LINEAR,

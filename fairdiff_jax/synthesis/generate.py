@@ -19,6 +19,7 @@ from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.training.checkpoint import INFERENCE, network
 from fairdiff_jax.training.mesh import BATCH, map_batch
+from fairdiff_jax.training.pools import makers
 from fairdiff_jax.training.setup import Setup
 
 
@@ -105,7 +106,7 @@ def make_generator(
   shape = tuple(run.config.data.size)
   size = -(-config.batch_size // run.mesh.size) * run.mesh.size
   strength = config.strength if anatomy else 1.0
-  draws = not anatomy or config.masks != "real"
+  draws = not anatomy or "points" in makers(run.config)
   draw_points, draw_images = _compile(run, size, masks=draws, strength=strength)
 
   def call(function, variables, key, *arrays):

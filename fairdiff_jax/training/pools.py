@@ -33,6 +33,11 @@ def case_groups(config, cases: Cases) -> np.ndarray:
   )
 
 
+def makers(config) -> tuple[str, ...]:
+  """The networks that a bank's cases are made by."""
+  return ("image",) if config.bank.masks == "real" else GENERATORS
+
+
 class Pools:
   """The pools of a run and the batches they give.
 
@@ -82,8 +87,7 @@ class Pools:
       self.filled = self._equal_scale and bool(
         quota.any() or config.fairness.tilt
       )
-    needed = GENERATORS if config.bank.masks != "real" else ("image",)
-    for name in needed:
+    for name in makers(config):
       if self.filled and not self._learns(name):
         raise ValueError(
           "fairness.strategy='equal_scale' needs generated cases, but"
