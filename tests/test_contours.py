@@ -10,10 +10,13 @@ from fairdiff_jax.data import phantom
 from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import (
   LEAST_DICE,
+  complete,
+  heights,
   mask_to_points,
   points_to_mask,
   round_trip,
   round_trip_fault,
+  smooth_contours,
 )
 
 FULL = (664, 798)
@@ -289,3 +292,137 @@ def test_clouds_that_are_no_clouds_are_refused():
   cloud[5, 2] = np.inf
   with pytest.raises(ValueError, match="2 of 512 points are not finite"):
     points_to_mask(cloud, (96, 112))
+
+
+def blob(shape, centre, radii, turn=0.0, wave=0.0, lobes=3):
+  """A wavy ellipse; centre and radii are shares of the image."""
+  r, c = np.indices(shape)
+  r, c = r / shape[0] - centre[0], c / shape[1] - centre[1]
+  r, c = (
+    r * np.cos(turn) + c * np.sin(turn),
+    c * np.cos(turn) - r * np.sin(turn),
+  )
+  r, c = r / radii[0], c / radii[1]
+  return np.hypot(r, c) < 1 + wave * np.cos(lobes * np.arctan2(r, c))
+
+
+def lungs(rng, shape):
+  tilt, height = rng.uniform(-0.2, 0.2), rng.uniform(0.25, 0.38)
+  mask = np.zeros(shape, np.uint8)
+  for i, column in enumerate((0.27, 0.73)):
+    side = blob(shape, (0.5, column), (height, 0.17), tilt, 0.08)
+    mask[side] = i + 1
+  return mask, (None, None)
+
+
+def heart(rng, shape):
+  """A ring, the ventricle within, and one more ventricle beside."""
+  centre = rng.uniform(0.5, 0.62, 2)
+  turn = rng.uniform(0, np.pi)
+  mask = blob(shape, centre - (0, 0.32), (0.2, 0.18), turn) * np.uint8(3)
+  mask[blob(shape, centre, (0.28, 0.26), turn)] = 1
+  mask[blob(shape, centre, (0.17, 0.15), turn, 0.06)] = 2
+  return mask, (None, 0, None)
+
+
+def lesion(rng, shape):
+  """A sickle, whose centre lies outside it."""
+  turn = rng.uniform(0, 2 * np.pi)
+  away = 0.14 * np.array([np.cos(turn), np.sin(turn)])
+  whole = blob(shape, (0.5, 0.5), (0.4, 0.4), turn, 0.05)
+  return (whole & ~blob(shape, 0.5 + away, (0.27, 0.27))).astype(np.uint8), (
+    None,
+  )
+
+
+def pieces(rng, shape):
+  """One structure in three pieces: hollow, cut by the border, small."""
+  mask = blob(shape, (0.35, 0.35), (0.25, 0.25), rng.uniform(0, 3), 0.1)
+  mask &= ~blob(shape, (0.35, 0.35), (0.1, 0.12))
+  mask |= blob(shape, (0.7, 1.0), (0.2, 0.25))
+  mask |= blob(shape, (0.85, 0.2), (0.08, 0.08))
+  return mask.astype(np.uint8), (None,)
+
+
+@pytest.mark.parametrize("side", [64, 128, 256])
+@pytest.mark.parametrize(
+  ("shapes", "least"),
+  [(lungs, 0.985), (heart, 0.98), (lesion, 0.96), (pieces, 0.96)],
+)
+def test_any_structures_come_back_from_unordered_points(shapes, least, side):
+  for seed in range(8):
+    rng = np.random.default_rng(seed)
+    mask, parents = shapes(rng, (side, side))
+    cloud = mask_to_points(mask, 256, parents)
+    assert cloud.shape == (256, 3)
+    cloud = rng.permutation(cloud)
+    assert min(round_trip(mask, cloud, parents)[: len(parents)]) >= least
+    whole = rng.permutation(mask_to_points(mask, None, parents))
+    assert min(round_trip(mask, whole, parents)) > 0.98
+
+
+@pytest.mark.parametrize("shapes", [lungs, heart, lesion, pieces])
+def test_a_little_noise_is_borne(shapes):
+  for seed in range(8):
+    rng = np.random.default_rng(seed)
+    mask, parents = shapes(rng, (128, 128))
+    cloud = mask_to_points(mask, 256, parents)
+    cloud += 0.3 * rng.standard_normal(cloud.shape).astype(np.float32)
+    assert min(round_trip(mask, cloud, parents)[: len(parents)]) > 0.9
+
+
+def test_heights_are_spread_evenly():
+  assert heights((None,)).tolist() == [0]
+  assert heights((None, 0)).tolist() == [-5, 5]
+  assert heights((None, 0, None)).tolist() == [-5, 0, 5]
+
+
+def test_missing_structures_get_no_points():
+  mask, parents = heart(np.random.default_rng(0), (64, 64))
+  assert complete(mask, parents)
+  mask[mask == 3] = 0
+  assert not complete(mask, parents)
+  with pytest.raises(ValueError, match="no class 3"):
+    mask_to_points(mask, 64, parents)
+  cloud = mask_to_points(mask, 64, parents, missing_ok=True)
+  assert set(cloud[:, 2]) == {-5, 0}
+  assert round_trip(mask, cloud, parents)[2] == 1
+  for parents in ((None,), (None, 0), (None, 0, None)):
+    empty = np.zeros((9, 12), np.uint8)
+    cloud = mask_to_points(empty, 64, parents, missing_ok=True)
+    assert cloud.shape == (64, 3)
+    assert not points_to_mask(cloud, empty.shape, parents).any()
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+  hnp.arrays(np.uint8, (12, 14), elements=st.integers(0, 3)),
+  st.integers(2, 80),
+)
+def test_any_mask_of_any_structures_gives_a_cloud(mask, num_points):
+  parents = (None, 0, None)
+  cloud = mask_to_points(mask, num_points, parents, missing_ok=True)
+  assert cloud.shape == (num_points, 3)
+  back = points_to_mask(cloud, mask.shape, parents)
+  assert back.max() <= 3
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+  hnp.arrays(
+    np.float32, st.tuples(st.integers(0, 40), st.just(3)), elements=coordinates
+  )
+)
+def test_any_finite_cloud_gives_a_mask_of_any_structures(cloud):
+  mask = points_to_mask(cloud, (24, 32), (None, 0, None))
+  assert mask.dtype == np.uint8
+  assert set(np.unique(mask)) <= {0, 1, 2, 3}
+
+
+def test_curves_of_any_shape_are_smoothed():
+  rng = np.random.default_rng(0)
+  mask, parents = lesion(rng, (128, 128))
+  cloud = mask_to_points(mask, 256, parents)
+  noisy = cloud + 0.4 * rng.standard_normal(cloud.shape).astype(np.float32)
+  smooth = smooth_contours(noisy, 12, parents)
+  assert round_trip(mask, smooth, parents)[0] > 0.96
