@@ -27,7 +27,7 @@ def main(_):
     if not (config.data.directory or WORKDIR.value):
       raise ValueError("give --workdir, or --config.data.directory")
   from fairdiff_jax.data import fairseg
-  from fairdiff_jax.data.attributes import group_names
+  from fairdiff_jax.data.groups import group_names
   from fairdiff_jax.training import latents
   from fairdiff_jax.training.mesh import make_mesh
 

@@ -136,6 +136,14 @@ class Domain(NamedTuple):
       mask[regions[name]] = i + 1
     return mask
 
+  def label(self, mask: np.ndarray) -> np.ndarray:
+    """A label image, uint8 or uint16, of a mask of classes."""
+    values = {c: v for v, c in reversed(self.value_classes.items())}
+    table = np.array([values.get(c, 0) for c in range(self.num_classes)])
+    table[0] = 0
+    kind = np.uint8 if table.max() < 256 else np.uint16
+    return table.astype(kind)[mask]
+
 
 FUNDUS = Domain(
   channels=1,

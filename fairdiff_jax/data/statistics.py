@@ -5,21 +5,24 @@ They travel in the checkpoint: sampling needs no data.
 
 import numpy as np
 
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.fairseg import Cases
 
-NUM_CLASSES = 3
 GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
 
 
-def shapes(num_groups: int) -> dict:
+def shapes(num_groups: int, domain: Domain = FUNDUS) -> dict:
   """The statistics of no data: same structure and shapes, float32 zeros."""
+  intensity = (num_groups + 1, domain.num_classes)
+  if domain.channels > 1:
+    intensity += (domain.channels,)
   return {
     "points": {
       "mean": np.zeros(3, np.float32),
       "std": np.zeros((), np.float32),
     },
     "image": {
-      "intensity": np.zeros((num_groups + 1, NUM_CLASSES), np.float32),
+      "intensity": np.zeros(intensity, np.float32),
       "scale": np.zeros(num_groups + 1, np.float32),
     },
     "segmenter": {},
@@ -41,36 +44,45 @@ def compute(
 
   Returns:
     By network: points 'mean' [3] and 'std' [] ("global unit": one standard
-    deviation for all coordinates); image 'intensity' [G + 1, 3], whose last
+    deviation for all coordinates), of clouds that are not all zeros, 0
+    and 1 if all are; image
+    'intensity' [G + 1, classes], of RGB images [G + 1, classes, 3], whose last
     row and rows of absent groups are the means over all cases, and 'scale'
     [G + 1], the residual's standard deviation likewise, one grey level at the
     least. A class without a pixel has intensity 0.
   """
-  result = shapes(num_groups)
-  flat = cases.points.reshape(-1, 3)
-  mean = flat.mean(0, dtype=np.float64)
+  result = shapes(num_groups, cases.domain)
+  drawn = cases.points.any(axis=(1, 2))
+  flat = cases.points[drawn].reshape(-1, 3)
+  if len(flat):
+    mean = flat.mean(0, dtype=np.float64)
+    std = np.sqrt(((flat - mean) ** 2).mean(dtype=np.float64))
+  else:
+    mean, std = np.zeros(3), 1
   result["points"] = {
     "mean": mean.astype(np.float32),
-    "std": np.float32(np.sqrt(((flat - mean) ** 2).mean(dtype=np.float64))),
+    "std": np.float32(std),
   }
   if not intensity_prior:
     result["image"]["scale"] += 1
     return result
   # Sums by case and class suffice: sum (x - a)^2 = sum x^2 - 2 a sum x + a^2 n
-  shape = (len(group), NUM_CLASSES)
+  number, channels = cases.domain.num_classes, cases.domain.channels
+  shape = (channels, len(group), number)
   count, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
   for i, (image, mask) in enumerate(zip(cases.image, cases.mask, strict=True)):
-    x, label = image.ravel() / 127.5 - 1, mask.ravel()
-    count[i] = np.bincount(label, minlength=NUM_CLASSES)
-    total[i] = np.bincount(label, x, NUM_CLASSES)
-    square[i] = np.bincount(label, x**2, NUM_CLASSES)
+    label = mask.ravel()
+    for c, x in enumerate(image.reshape(-1, channels).T / 127.5 - 1):
+      count[c, i] = np.bincount(label, minlength=number)
+      total[c, i] = np.bincount(label, x, number)
+      square[c, i] = np.bincount(label, x**2, number)
   for g in range(num_groups + 1):
     member = group == g
     if not member.any():
       member = np.ones(len(group), bool)
-    n, first, second = (x[member].sum(0) for x in (count, total, square))
+    n, first, second = (x[:, member].sum(1) for x in (count, total, square))
     mean = first / np.maximum(n, 1)
     variance = np.sum(second - 2 * mean * first + mean**2 * n) / n.sum()
-    result["image"]["intensity"][g] = mean
+    result["image"]["intensity"][g] = mean.T if channels > 1 else mean[0]
     result["image"]["scale"][g] = max(np.sqrt(max(variance, 0)), GREY_LEVEL)
   return result

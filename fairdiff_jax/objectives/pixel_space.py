@@ -39,29 +39,34 @@ def intensity_prior(
   Args:
     mask: [B, H, W].
     group: [B], -1 for unknown.
-    statistics: 'intensity' A [G + 1, C] and 'scale' s [G + 1]; the last row
-      serves unknown groups.
+    statistics: 'intensity' A [G + 1, classes], of RGB images
+      [G + 1, classes, 3], and 'scale' s [G + 1]; the last row serves unknown
+      groups.
 
   Returns:
-    mu(m, g) [B, H, W, 1] and s [B, 1, 1, 1].
+    mu(m, g) [B, H, W, C] and s [B, 1, 1, 1].
   """
   intensity, scale = statistics["intensity"], statistics["scale"]
   row = jnp.where(group < 0, len(intensity) - 1, group)
-  one_hot = jax.nn.one_hot(mask, intensity.shape[-1])
-  mean = jnp.einsum("bhwc,bc->bhw", blur(one_hot), intensity[row])
-  return mean[..., None], scale[row][:, None, None, None]
+  one_hot = blur(jax.nn.one_hot(mask, intensity.shape[1]))
+  if intensity.ndim == 2:
+    mean = jnp.einsum("bhwc,bc->bhw", one_hot, intensity[row])[..., None]
+  else:
+    mean = jnp.einsum("bhwc,bck->bhwk", one_hot, intensity[row])
+  return mean, scale[row][:, None, None, None]
 
 
-def pixel_space(config, num_groups: int) -> Space:
+def pixel_space(config, num_groups: int, image_channels: int = 1) -> Space:
   """A U-Net, with a ControlNet or with the hint as input channels.
 
   Args:
     config: network sizes and `conditioning` ('controlnet' or 'concat').
     num_groups: G.
+    image_channels: of images.
 
   Returns:
-    A space whose frozen variables are {'intensity' [G + 1, 3], 'scale'
-    [G + 1]}.
+    A space whose frozen variables are {'intensity', 'scale'}, see
+    `intensity_prior`.
 
   Raises:
     ValueError: if `conditioning` is unknown.
@@ -80,12 +85,14 @@ def pixel_space(config, num_groups: int) -> Space:
     num_groups=num_groups,
     patch=config.patch,
   )
-  unet = UNet(**sizes, head_channels=config.head_channels)
+  unet = UNet(
+    **sizes, head_channels=config.head_channels, out_channels=image_channels
+  )
   controlnet = ControlNet(**sizes, hint_channels=tuple(config.hint_channels))
 
   def init(key):
     size = config.patch * 2 ** (len(config.channels) - 1)
-    x = jnp.zeros((1, size, size, 1))
+    x = jnp.zeros((1, size, size, image_channels))
     hint = jnp.zeros((1, size, size, 3))
     t = group = jnp.zeros(1, jnp.int32)
     unet_key, control_key = jax.random.split(key)
@@ -125,5 +132,10 @@ def pixel_space(config, num_groups: int) -> Space:
     return x_0 * scale + prior
 
   return Space(
-    init, lambda size: (*size, 1), encode, condition, predict, decode
+    init,
+    lambda size: (*size, image_channels),
+    encode,
+    condition,
+    predict,
+    decode,
   )

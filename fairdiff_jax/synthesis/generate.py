@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.diffusion.samplers import example_keys
@@ -25,8 +26,8 @@ class Generated(NamedTuple):
   """Synthetic cases.
 
   Attributes:
-    image: uint8 [n, H, W].
-    mask: uint8 [n, H, W], 0 background, 1 rim, 2 cup.
+    image: uint8 [n, H, W], or RGB [n, H, W, 3].
+    mask: uint8 [n, H, W], classes.
     attempts: int [n], clouds drawn until the mask was sound.
     fault: str [n], what is wrong with a mask that never was; '' for the others.
       Such a case is of no use.
@@ -63,10 +64,13 @@ class Generated(NamedTuple):
     return self
 
 
-def join(chunks: Sequence[Generated], size: tuple[int, int]) -> Generated:
+def join(
+  chunks: Sequence[Generated], size: tuple[int, int], channels: int = 1
+) -> Generated:
   """The cases of all chunks, whose images have a size (H, W)."""
-  image = np.empty((0, *size), np.uint8)
-  none = Generated(image, image, np.empty(0, int), np.empty(0, "U1"))
+  mask = np.empty((0, *size), np.uint8)
+  image = mask if channels == 1 else np.empty((0, *size, channels), np.uint8)
+  none = Generated(image, mask, np.empty(0, int), np.empty(0, "U1"))
   return Generated(*map(np.concatenate, zip(none, *chunks, strict=True)))
 
 
@@ -98,6 +102,7 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
   """
   config = run.config.bank
   shape = tuple(run.config.data.size)
+  domain = domains.of(run.config.data.domain, run.config.data.source)
   size = -(-config.batch_size // run.mesh.size) * run.mesh.size
   draw_points, draw_images = _compile(run, size)
 
@@ -121,10 +126,12 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
       )
       for i, cloud in zip(pending, clouds, strict=True):
         if config.harmonics:
-          cloud = smooth_contours(cloud, config.harmonics)
-        masks[i] = points_to_mask(cloud, shape)
+          cloud = smooth_contours(cloud, config.harmonics, domain.parents)
+        masks[i] = points_to_mask(cloud, shape, domain.parents)
         attempts[i] += 1
-        fault = mask_fault(masks[i], min_solidity=config.min_solidity)
+        fault = mask_fault(
+          masks[i], min_solidity=config.min_solidity, domain=domain
+        )
         faults[i] = fault or ""
       pending = np.array([i for i in pending if faults[i]], int)
       if not len(pending):
@@ -141,7 +148,9 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
       masks,
       group,
     )
-    images = np.round((images[..., 0] + 1) * 127.5).astype(np.uint8)
+    if domain.channels == 1:
+      images = images[..., 0]
+    images = np.round((images + 1) * 127.5).astype(np.uint8)
     return Generated(images, masks, *rest)
 
   def generate(inference, seed, number, group, title="cases"):
@@ -151,6 +160,7 @@ def make_generator(run: Setup) -> Callable[..., Generated]:
     return join(
       [generate_batch(inference, base, number[i], group[i]) for i in rows],
       shape,
+      domain.channels,
     )
 
   return generate
