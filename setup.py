@@ -32,6 +32,7 @@ setup(
     "tqdm",
   ],
   extras_require={
+    "dicom": ["pydicom"],
     "test": [
       "chex",
       "fairmedfm",

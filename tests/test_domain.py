@@ -4,15 +4,21 @@ import json
 import time
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
+from configs import fairseg as fairseg_recipe
 from configs import own
 from fairdiff_jax.data import contours, fairseg, groups, table
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.experiment import run
 from fairdiff_jax.files import read_csv
+from fairdiff_jax.synthesis.export import export
+from fairdiff_jax.training.checkpoint import network
+from fairdiff_jax.training.schedule import phases
+from fairdiff_jax.training.setup import describe_batch, setup, step_function
 from tests import patients, tables
 
 TINY = {
@@ -153,6 +159,16 @@ def test_a_ventricle_in_its_ring_from_files_to_report_and_export(tmp_path):
   ]
   page = (tmp_path / "run" / "report" / "index.html").read_text()
   assert "Cavity-to-ring error" in page and "Disc" not in page
+  out = tmp_path / "synthetic"
+  export(tmp_path / "run", out, ["B=2"])
+  domain = domains.of("", str(source))
+  assert domains.of("", str(out / "cases.csv")) == domain
+  found = table.read(out / "cases.csv", domain)
+  assert found.vocabulary["scanner"] == ("B",)
+  for row in found.rows:
+    case = table.read_case(row, domain)
+    assert case.image.shape == (16, 16)
+    assert set(np.unique(case.mask)) == {0, 1, 2, 3}
 
 
 # Least Dice of any structure at 512 points, as asked of each data set.
@@ -204,6 +220,28 @@ def test_a_table_of_eyes_is_prepared_as_npz_files_are(tmp_path):
     for field in ("image", "mask", "points"):
       np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
   fairseg.require_prepared(config.data, tmp_path / "b")
+
+
+@pytest.mark.parametrize("variant", ["", "samed", "transunet", "sd15"])
+def test_networks_see_colours_and_all_classes(variant):
+  """At the full size of the recipes, by shape."""
+  content = domains.to_json(FUNDUS) | {"channels": 3}
+  content["structures"] += [{"name": "fovea", "values": [3]}]
+  config = fairseg_recipe.get_config(variant).unlock()
+  config.data.domain = domains.text(domains.parse(content))
+  set_up = setup(config, jax.devices()[:1])
+  most = max((p.active for p in phases(config)), key=len)
+  batch = describe_batch(config, most)
+  assert batch["segmentation"]["image"].shape[-1] == 3
+  jax.eval_shape(step_function(set_up, most), set_up.abstract, batch)
+  fields = ("ema", "batch_stats", "frozen", "imported")
+  fields = {field: getattr(set_up.abstract, field) for field in fields}
+  _, aux = jax.eval_shape(
+    lambda *x: set_up.objective.tasks["segmenter"].risk(*x, None, False),
+    network(fields, "segmenter"),
+    batch["segmentation"],
+  )
+  assert aux["dice"][0].shape[-1] == 4
 
 
 def test_one_file_per_structure(tmp_path):

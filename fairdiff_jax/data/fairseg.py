@@ -770,7 +770,8 @@ def _collect_table(
         set_aside.append((row.name, result))
       else:
         used[row.name] = result
-  parts = ("train", "validation", "test")
+  held = {f.part for f in used.values()} & {"validation"}
+  parts = ("train", *held, "test")
   by_part = {p: [f for f in used.values() if f.part == p] for p in parts}
   report = _report(used, by_part, settings, set_aside, domain, found.vocabulary)
   return {p: [f.record for f in of] for p, of in by_part.items()}, report

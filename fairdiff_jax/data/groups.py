@@ -171,6 +171,12 @@ def recorded(
 
 def vocabulary_of(config: Any) -> Vocabulary:
   """The words that a `config.data` knows: its own, or FairSeg's."""
+  if not config.words and config.source.lower().endswith(".csv"):
+    raise ValueError(
+      f"the groups of data.attribute={config.attribute!r} are in the table; a"
+      " run finds them when it starts, here they must be given as data.words,"
+      " such as (('F', 'M'),)"
+    )
   if not config.words:
     return ATTRIBUTES
   parts = config.attribute.split("+")
