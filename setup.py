@@ -44,6 +44,7 @@ setup(
     "tqdm",
   ],
   extras_require={
+    "dicom": ["pydicom"],
     "test": [
       "chex",
       "fairmedfm",

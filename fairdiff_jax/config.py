@@ -27,6 +27,8 @@ NOT_COMPARED = (
   "data.source",
   "data.directory",
   "data.split",
+  "data.domain",
+  "data.words",
   "data.pooled",
   "image.weights",
   "segmenter.weights",
@@ -189,13 +191,26 @@ def _optimizer(learning_rate: float):
 FIELDS: dict[str, Any] = dict(
   seed=_seed(0, "of parameters, noise, shuffling and synthetic cases"),
   data=dict(
-    source=_text("", "directory of npz files, or 'phantom'"),
+    source=_text("", "a table (.csv), a directory of npz files, or 'phantom'"),
     directory=_text("", "prepared data; '' = <workdir>/data"),
     crop=_size((), "of the centre to use; () = all of it", may_be_empty=True),
     size=_size((256, 256), "that it is resized to"),
     num_points=_whole(512, "points per cloud", 8),
     split=_text("use", "the csv's column, or a file listing training cases"),
-    attribute=_text("race", "sensitive attribute, or several: 'race+gender'"),
+    domain=_text(
+      "",
+      "what is segmented: a json file; '' = domain.json beside the csv, or"
+      " fundus",
+    ),
+    attribute=_text(
+      "race", "sensitive attribute, several: 'race+gender', bands: 'age:50,65'"
+    ),
+    words=Field(
+      (),
+      "words by part of data.attribute",
+      lambda x: _is_several(x) and all(map(_is_several, x)),
+      "its groups' words; found when the run starts, not given",
+    ),
     min_cases=_whole(
       0, "groups with fewer training cases become one, 'Other'", 0
     ),

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.data import fairseg
-from fairdiff_jax.data.attributes import OTHER, small_groups
+from fairdiff_jax.data import domain, fairseg
+from fairdiff_jax.data.groups import OTHER, recorded, small_groups
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
@@ -35,10 +35,17 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
   return baseline
 
 
-def pool_small_groups(config: ConfigDict, cases: fairseg.Cases) -> ConfigDict:
-  """Names the groups that have too few training cases in `data.pooled`."""
+def name_groups(config: ConfigDict, cases: fairseg.Cases) -> ConfigDict:
+  """Names in the config what the cases show: domain, groups, and those pooled.
+
+  Groups with too few training cases are named in `data.pooled`.
+  """
+  words = recorded(config.data.attribute, cases.vocabulary)
   pooled = small_groups(
-    config.data.attribute, cases.attributes, config.data.min_cases
+    config.data.attribute,
+    cases.attributes,
+    config.data.min_cases,
+    cases.vocabulary,
   )
   if pooled:
     _say(
@@ -47,7 +54,8 @@ def pool_small_groups(config: ConfigDict, cases: fairseg.Cases) -> ConfigDict:
     )
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.data.pooled = pooled
+    config.data.pooled, config.data.words = pooled, words
+    config.data.domain = domain.text(cases.domain)
   return config
 
 
@@ -98,7 +106,7 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
     _meet("data")
   fairseg.require_prepared(config.data, directory)
   cases = fairseg.load(directory, "train")
-  config = pool_small_groups(config, cases)
+  config = name_groups(config, cases)
   if not fairseg.num_cases(directory, "test"):
     _say(f"no test case is in {directory}: nothing will be said of fairness")
   data = fairseg.digest(directory)

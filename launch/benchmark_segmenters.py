@@ -106,10 +106,10 @@ def make_transunet(config, path):
   import peers
   import safetensors.numpy
 
+  from fairdiff_jax.data.domain import FUNDUS
   from fairdiff_jax.models.transunet import TransUNet
-  from fairdiff_jax.objectives.segmentation import NUM_CLASSES
 
-  module = TransUNet(NUM_CLASSES, **config.segmenter.transunet)
+  module = TransUNet(FUNDUS.num_classes, **config.segmenter.transunet)
   weights = peers.transunet_weights(module, config.segmenter.image_size)
   safetensors.numpy.save_file(weights, path)
   peer = peers.TransUNetPeer(weights, module)
@@ -122,13 +122,13 @@ MAKERS = {"samed": make_samed, "transunet": make_transunet}
 
 def make_batch(config):
   """Images and masks of noise, as a host's batch."""
-  from fairdiff_jax.objectives.segmentation import NUM_CLASSES
+  from fairdiff_jax.data.domain import FUNDUS
 
   rng = np.random.default_rng(0)
   shape = (BATCH.value, *config.data.size)
   return {
     "image": rng.uniform(-1, 1, (*shape, 1)).astype(np.float32),
-    "mask": rng.integers(0, NUM_CLASSES, shape, np.int32),
+    "mask": rng.integers(0, FUNDUS.num_classes, shape, np.int32),
     "points": np.zeros((BATCH.value, 0, 3), np.float32),
     "group": np.zeros(BATCH.value, np.int32),
     "weight": np.ones(BATCH.value, np.float32),
@@ -170,7 +170,7 @@ def theirs(config, batch, forward, learnt):
   """The same in PyTorch."""
   import torch
 
-  from fairdiff_jax.objectives.segmentation import NUM_CLASSES
+  from fairdiff_jax.data.domain import FUNDUS
 
   options = config.optimizer.segmenter
   kinds = {
@@ -188,7 +188,9 @@ def theirs(config, batch, forward, learnt):
     optimizer.zero_grad()
     logits = forward(image, True)
     label = resize(mask, logits.shape[2:], mode="nearest-exact")[:, 0].long()
-    y = torch.nn.functional.one_hot(label, NUM_CLASSES).permute(0, 3, 1, 2)
+    y = torch.nn.functional.one_hot(label, FUNDUS.num_classes).permute(
+      0, 3, 1, 2
+    )
     p = logits.softmax(1)
     both, sizes = (p * y).sum((2, 3)), (p**2 + y).sum((2, 3))
     dice = 1 - (2 * both + 1e-5) / (sizes + 1e-5)

@@ -1,4 +1,4 @@
-"""Prepares a data set, or checks a directory of npz files.
+"""Prepares a data set, or checks a table or a directory of npz files.
 
   python launch/prepare.py --config configs/fairseg.py --workdir runs/first \\
     --config.data.source=/data/FairSeg
@@ -17,7 +17,9 @@ WORKDIR = flags.DEFINE_string(
   "workdir", None, "Work directory; holds the data if config.data.directory=''."
 )
 CHECK = flags.DEFINE_string(
-  "check", None, "Only report on this directory of npz files; writes nothing."
+  "check",
+  None,
+  "Only report on this table or directory of npz files; writes nothing.",
 )
 
 
@@ -27,7 +29,6 @@ def main(_):
     if not (config.data.directory or WORKDIR.value):
       raise ValueError("give --workdir, or --config.data.directory")
   from fairdiff_jax.data import fairseg
-  from fairdiff_jax.data.attributes import group_names
   from fairdiff_jax.training import latents
   from fairdiff_jax.training.mesh import make_mesh
 
@@ -35,7 +36,6 @@ def main(_):
     report = fairseg.check(CHECK.value)
     print(report)
     return 0 if report.usable else 1
-  group_names(config.data.attribute)  # refuses what there is not
   directory = configs.data_directory(config, WORKDIR.value or "")
   print(fairseg.prepare(config.data, directory))
   print(f"Prepared in {directory}")

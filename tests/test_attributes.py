@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairdiff_jax.data import attributes
+from fairdiff_jax.data import attributes, groups
 
 KEYS = {name: {*d[:2], *d.markers} for name, d in attributes.DIALECTS.items()}
 
@@ -130,76 +130,74 @@ def test_names_and_codes_are_inverse():
   for attribute, names in attributes.ATTRIBUTES.items():
     for code, name in enumerate(names):
       assert attributes.group_name(attribute, code) == name
-      assert attributes.group_code(attribute, name.lower()) == code
+      assert groups.group_code(attribute, name.lower()) == code
 
 
 def test_suggests_names():
   with pytest.raises(ValueError, match=r"Did you mean 'Asian'\?"):
-    attributes.group_code("race", "Asain")
+    groups.group_code("race", "Asain")
   with pytest.raises(ValueError, match=r"Did you mean 'gender'\?"):
-    attributes.group_code("gendre", "Male")
+    groups.group_code("gendre", "Male")
   with pytest.raises(ValueError, match="Its groups are Asian, Black, White"):
-    attributes.group_code("race", "Zzz")
+    groups.group_code("race", "Zzz")
   with pytest.raises(ValueError, match="codes 0 to 2"):
     attributes.group_name("race", 7)
 
 
 def test_combined_groups():
-  names = attributes.group_names("race+gender")
+  names = groups.group_names("race+gender")
   assert names[:3] == ("Asian Female", "Asian Male", "Black Female")
   assert len(names) == 6
   columns = {
     "race": np.array([0, 1, 2, -1, 0]),
     "gender": np.array([1, 0, 1, 0, -1]),
   }
-  found = attributes.group_codes("race+gender", columns)
+  found = groups.group_codes("race+gender", columns)
   np.testing.assert_array_equal(found, [1, 2, 5, -1, -1])
   for code, name in enumerate(names):
-    assert attributes.group_code("race+gender", name.upper()) == code
-    codes = attributes.attributes_of("race+gender", name)
+    assert groups.group_code("race+gender", name.upper()) == code
+    codes = groups.attributes_of("race+gender", name)
     one = {key: np.array([value]) for key, value in codes.items()}
-    assert attributes.group_codes("race+gender", one) == [code]
+    assert groups.group_codes("race+gender", one) == [code]
   with pytest.raises(ValueError, match="No attribute 'gendre'"):
-    attributes.group_names("race+gendre")
+    groups.group_names("race+gendre")
   with pytest.raises(
     ValueError, match=r"'race\+race' names an attribute twice"
   ):
-    attributes.group_names("race+race")
+    groups.group_names("race+race")
 
 
 def test_small_groups_are_pooled():
   columns = {"race": np.array([0, 1, 1, 2, 2, 2, -1])}
-  assert attributes.small_groups("race", columns, 0) == ()
-  pooled = attributes.small_groups("race", columns, 3)
+  assert groups.small_groups("race", columns, 0) == ()
+  pooled = groups.small_groups("race", columns, 3)
   assert pooled == ("Asian", "Black")
-  assert attributes.group_names("race", pooled) == ("White", "Other")
-  found = attributes.group_codes("race", columns, pooled)
+  assert groups.group_names("race", pooled) == ("White", "Other")
+  found = groups.group_codes("race", columns, pooled)
   np.testing.assert_array_equal(found, [1, 1, 1, 0, 0, 0, -1])
-  assert attributes.group_code("race", "other", pooled) == 1
-  assert attributes.attributes_of("race", "Other") == {}
-  assert attributes.attributes_of("language", "Other") == {"language": 2}
+  assert groups.group_code("race", "other", pooled) == 1
+  assert groups.attributes_of("race", "Other") == {}
+  assert groups.attributes_of("language", "Other") == {"language": 2}
   with pytest.raises(ValueError, match="no group 'Asien' to pool"):
-    attributes.group_names("race", ("Asien",))
+    groups.group_names("race", ("Asien",))
 
 
 def test_pooled_groups_join_the_group_that_is_called_other():
   names = ("English", "Other")
   for pooled in (("Spanish",), ("Spanish", "Other")):
-    assert attributes.group_names("language", pooled) == names
+    assert groups.group_names("language", pooled) == names
     columns = {"language": np.array([0, 1, 2, -1])}
-    found = attributes.group_codes("language", columns, pooled)
+    found = groups.group_codes("language", columns, pooled)
     np.testing.assert_array_equal(found, [0, 1, 1, -1])
-    assert attributes.attributes_of("language", "Other", pooled) == {}
+    assert groups.attributes_of("language", "Other", pooled) == {}
   pooled = ("Other",)  # too few, and nothing to join
-  assert attributes.group_names("language", pooled)[2] == "Other"
-  assert attributes.attributes_of("language", "Other", pooled) == {
-    "language": 2
-  }
+  assert groups.group_names("language", pooled)[2] == "Other"
+  assert groups.attributes_of("language", "Other", pooled) == {"language": 2}
 
 
 def test_what_all_cases_of_other_have_is_known():
   pooled = ("Asian Female", "Black Female")
-  found = attributes.attributes_of("race+gender", "Other", pooled)
+  found = groups.attributes_of("race+gender", "Other", pooled)
   assert found == {"gender": 0}
 
 
@@ -215,7 +213,7 @@ def groupings(draw):
     )
   )
   attribute = "+".join(parts)
-  names = attributes.group_names(attribute)
+  names = groups.group_names(attribute)
   return attribute, draw(st.lists(st.sampled_from(names), unique=True))
 
 
@@ -224,29 +222,29 @@ def groupings(draw):
 def test_names_and_codes_of_all_groupings_agree(grouping):
   attribute, pooled = grouping
   parts = attribute.split("+")
-  own = attributes.group_names(attribute)
-  names = attributes.group_names(attribute, pooled)
+  own = groups.group_names(attribute)
+  names = groups.group_names(attribute, pooled)
   assert len({name.lower() for name in names}) == len(names)
-  assert set(names) - {attributes.OTHER} <= set(own) - set(pooled)
+  assert set(names) - {groups.OTHER} <= set(own) - set(pooled)
   sizes = [len(attributes.ATTRIBUTES[part]) for part in parts]
   every = np.array(list(itertools.product(*map(range, sizes)))).T
   columns = dict(zip(parts, every, strict=True))
-  codes = attributes.group_codes(attribute, columns, pooled)
+  codes = groups.group_codes(attribute, columns, pooled)
   assert set(codes) == set(range(len(names)))
   for i, name in enumerate(own):
     kept = name in names and name not in pooled
-    assert names[codes[i]] == (name if kept else attributes.OTHER)
+    assert names[codes[i]] == (name if kept else groups.OTHER)
   for code, name in enumerate(names):
-    assert attributes.group_code(attribute, name, pooled) == code
+    assert groups.group_code(attribute, name, pooled) == code
     members = every[:, codes == code]
     expected = {
       part: column[0]
       for part, column in zip(parts, members, strict=True)
       if len(set(column)) == 1
     }
-    assert attributes.attributes_of(attribute, name, pooled) == expected
+    assert groups.attributes_of(attribute, name, pooled) == expected
   # Groups with one case each, those to pool with none, are too small below 1.
   left = np.isin(own, pooled, invert=True)
   columns = {part: column[left] for part, column in columns.items()}
-  small = attributes.small_groups(attribute, columns, 1)
+  small = groups.small_groups(attribute, columns, 1)
   assert set(small) == set(pooled)

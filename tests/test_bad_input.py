@@ -40,7 +40,7 @@ def make_cases(groups=(0, 1, 2)):
     name=[f"case_{i}" for i in range(n)],
     image=np.zeros((n, 32, 32), np.uint8),
     mask=np.zeros((n, 32, 32), np.uint8),
-    points=np.zeros((n, 32, 3), np.float32),
+    points=np.ones((n, 32, 3), np.float32),
     attributes={a: np.array(groups, np.int32) for a in ATTRIBUTES},
   )
 

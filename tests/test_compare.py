@@ -29,7 +29,7 @@ def table(rng, shift=0.0):
   """Columns of a table of cases; Asian cases are the worst."""
   columns = {"name": [f"data_{i:05d}" for i in range(len(GROUPS))]}
   columns["group"] = GROUPS
-  for key in map("_".join, compare.SCORES):
+  for key in map("_".join, segmentation.scores()):
     values = rng.uniform(0.5, 0.8, len(GROUPS)) + shift
     columns[key] = values - 0.1 * (GROUPS == "Asian")
   columns["cup_dice"][40] = np.nan
@@ -93,7 +93,7 @@ def study(tmp_path_factory):
 def test_values_equal_direct_computation(study):
   columns, rows, _ = study
   for m, method in enumerate(("reference", EVIL, "ceiling")):
-    for cls, measure in compare.SCORES:
+    for cls, measure in segmentation.scores():
       key = f"{cls}_{measure}"
       seeds = [expected(stored(columns[m, s], key)) for s in (0, 1)]
       for figure in seeds[0]:
@@ -334,7 +334,9 @@ def test_no_figure_ends_a_comparison(tmp_path):
   """Structures that are nowhere, a group of one, patients of unknown group."""
   for i, groups in enumerate((["unknown"] * 3, ["Asian", "Black", "Black"])):
     columns = {"name": list("abc"), "group": np.array(groups)}
-    columns |= {key: np.full(3, 0.5) for key in map("_".join, compare.SCORES)}
+    columns |= {
+      key: np.full(3, 0.5) for key in map("_".join, segmentation.scores())
+    }
     columns |= dict.fromkeys(("cup_dice", "rim_hd95"), np.full(3, np.nan))
     runs = {
       name: [make_run(tmp_path / f"{name}{i}", columns)] for name in ("a", "b")

@@ -39,7 +39,7 @@ def cases():
     name=[f"case_{i}" for i in range(8)],
     image=rng.integers(0, 256, (8, 32, 32), np.uint8),
     mask=rng.integers(0, 3, (8, 32, 32)).astype(np.uint8),
-    points=np.zeros((8, 32, 3), np.float32),
+    points=np.ones((8, 32, 3), np.float32),
     attributes={a: np.arange(8, dtype=np.int32) % 2 for a in ATTRIBUTES},
   )
 

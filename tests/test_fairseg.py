@@ -39,7 +39,7 @@ def test_build_and_load(source, tmp_path):
   assert cases.points.shape == (2, 64, 3)
   assert cases.points.dtype == np.float32
   assert set(np.unique(cases.mask)) == {0, 1, 2}
-  assert set(cases.attributes) == set(attributes.ATTRIBUTES)
+  assert set(cases.attributes) == {*attributes.ATTRIBUTES, "age"}
   np.testing.assert_array_equal(cases.attributes["race"], [0, 1])
   np.testing.assert_array_equal(cases.attributes["ethnicity"], [-1, -1])
   assert cases.attributes["race"].dtype == np.int32
@@ -296,6 +296,7 @@ def test_prepare_phantoms(tmp_path):
       "split": "use",
       "crop": (),
       "attribute": "race",
+      "domain": "",
       "phantom": {
         "train": 9,
         "test": 1,

@@ -69,7 +69,7 @@ def make_cases():
     name=[f"case_{i}" for i in range(n)],
     image=np.zeros((n, 8, 8), np.uint8),
     mask=np.zeros((n, 8, 8), np.uint8),
-    points=np.zeros((n, 32, 3), np.float32),
+    points=np.ones((n, 32, 3), np.float32),
     attributes={a: group for a in ATTRIBUTES},
   )
 

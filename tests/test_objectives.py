@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.phantom import get_config
-from fairdiff_jax.data import statistics
+from fairdiff_jax.data import domain, statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.fairness.risk import RunningRisk
@@ -162,7 +162,7 @@ def test_hints_are_white_red_blue():
   mask = jnp.array([[[0, 1, 2]]])
   expected = [[[[1, 1, 1], [1, 0, 0], [0, 0, 1]]]]
   np.testing.assert_array_equal(hint_image(mask), expected)
-  assert len(HINT_COLORS) == 3
+  assert len(set(HINT_COLORS)) == len(HINT_COLORS) == domain.MOST + 1
 
 
 def test_blur_is_binomial_and_keeps_constants():

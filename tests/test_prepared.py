@@ -22,6 +22,7 @@ def data_config(**changes):
   config = ConfigDict(
     {
       "source": "",
+      "domain": "",
       "size": (40, 48),
       "num_points": 64,
       "split": "use",

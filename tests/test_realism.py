@@ -7,10 +7,11 @@ import pytest
 from scipy import linalg, ndimage
 
 from fairdiff_jax.data import phantom
+from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.evaluation import realism, segmentation
 
 GROUPS = ("Asian", "Black", "White")
-STRUCTURES = segmentation.STRUCTURES
+STRUCTURES = FUNDUS.regions
 
 
 def patients(seed, number, group=2):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import fairseg, phantom
+from configs import fairseg, own, phantom
 from fairdiff_jax import config as configs
 from fairdiff_jax.training.schedule import phases
 from fairdiff_jax.training.setup import describe_batch, setup, step_function
@@ -14,7 +14,7 @@ from fairdiff_jax.training.setup import describe_batch, setup, step_function
 ROOT = Path(__file__).parents[1]
 RECIPES = [
   (module, variant)
-  for module in (fairseg, phantom)
+  for module in (fairseg, phantom, own)
   for variant in module.VARIANTS
 ]
 
@@ -37,6 +37,9 @@ def test_every_recipe_can_run(recipe):
   """Its networks are built, and its step is traced, at their full size."""
   module, variant = recipe
   config = module.get_config(variant)
+  if module is own:
+    with config.unlocked():  # as a run finds them
+      config.data.words = (("Female", "Male"),)
   configs.check(config)
   run = setup(config, jax.devices()[:1])
   most = max((p.active for p in phases(config)), key=len)

@@ -9,8 +9,6 @@ Sources: the README and the loaders of Harvard-FairSeg (Tian et al., ICLR 2024),
 and those of FairDomain, FairDiff and FairMedFM.
 """
 
-import difflib
-import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -31,7 +29,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 UNKNOWN = -1
-OTHER = "Other"  # the group of groups that have too few cases
 OLDEST_AGE = 130  # years; a larger number is an age in days
 
 RACE_012 = {0: 0, 1: 1, 2: 2}
@@ -225,77 +222,6 @@ def parse_age(
   return float(age)
 
 
-def group_names(
-  attribute: str, pooled: Collection[str] = ()
-) -> tuple[str, ...]:
-  """Names of the groups that an attribute tells apart, no name twice.
-
-  Args:
-    attribute: a key of ATTRIBUTES, or several joined by '+', whose groups are
-      all combinations, such as 'Asian Female' of 'race+gender'.
-    pooled: names of groups that become one, OTHER, which comes last. An
-      attribute's own group of that name joins them.
-
-  Raises:
-    ValueError: no such attribute or group, with the nearest name, or an
-      attribute twice.
-  """
-  parts = attribute.split("+")
-  if len(set(parts)) < len(parts):
-    raise ValueError(
-      f"{attribute!r} names an attribute twice; name each of them once."
-    )
-  names = tuple(" ".join(p) for p in itertools.product(*map(_names, parts)))
-  for name in pooled:
-    if name not in names:
-      raise ValueError(
-        f"{attribute} has no group {name!r} to pool."
-        f"{_did_you_mean(name, names)}"
-      )
-  if not pooled:
-    return names
-  return (*(n for n in names if n not in {*pooled, OTHER}), OTHER)
-
-
-def group_codes(
-  attribute: str,
-  attributes: Mapping[str, np.ndarray],
-  pooled: Collection[str] = (),
-) -> np.ndarray:
-  """Each case's index into `group_names(attribute, pooled)`.
-
-  Args:
-    attribute: as for `group_names`.
-    attributes: canonical codes [n] by attribute.
-    pooled: as for `group_names`.
-
-  Returns:
-    int32 [n], -1 where an attribute is unknown.
-  """
-  group = _group_of(attribute, pooled)
-  columns = [attributes[name] for name in attribute.split("+")]
-  unknown = np.any([column < 0 for column in columns], axis=0)
-  known = tuple(np.maximum(column, 0) for column in columns)
-  return np.where(unknown, UNKNOWN, group[known]).astype(np.int32)
-
-
-def group_counts(group: np.ndarray, num_groups: int) -> np.ndarray:
-  """Cases of every group [G]; those of unknown group count nowhere."""
-  return np.bincount(group[group >= 0], minlength=num_groups)
-
-
-def small_groups(
-  attribute: str, attributes: Mapping[str, np.ndarray], min_cases: int
-) -> tuple[str, ...]:
-  """Names of the groups with fewer than `min_cases` cases; none if 0."""
-  names = group_names(attribute)
-  code = group_codes(attribute, attributes)
-  counts = group_counts(code, len(names))
-  return tuple(
-    name for name, count in zip(names, counts, strict=True) if count < min_cases
-  )
-
-
 def group_name(attribute: str, code: int) -> str:
   """Returns the name of a canonical code, `Unknown` for -1.
 
@@ -313,41 +239,6 @@ def group_name(attribute: str, code: int) -> str:
   return names[code]
 
 
-def group_code(attribute: str, name: str, pooled: Collection[str] = ()) -> int:
-  """Index of a group's name, in any case, into `group_names`.
-
-  Raises:
-    ValueError: no such attribute or group; suggests the nearest name.
-  """
-  names = group_names(attribute, pooled)
-  lower = [n.lower() for n in names]
-  if name.lower() not in lower:
-    raise ValueError(
-      f"{attribute} has no group {name!r}.{_did_you_mean(name, names)} "
-      f"Its groups are {', '.join(names)}."
-    )
-  return lower.index(name.lower())
-
-
-def attributes_of(
-  attribute: str, name: str, pooled: Collection[str] = ()
-) -> dict[str, int]:
-  """Canonical codes, by attribute, that all cases of a group have.
-
-  A group of `group_names(attribute, pooled)`, or OTHER, of which nothing is
-  known where `pooled` does not say what it holds.
-  """
-  if name == OTHER and name not in group_names(attribute, pooled):
-    return {}
-  code = group_code(attribute, name, pooled)
-  members = np.nonzero(_group_of(attribute, pooled) == code)
-  return {
-    part: int(codes[0])
-    for part, codes in zip(attribute.split("+"), members, strict=True)
-    if (codes == codes[0]).all()
-  }
-
-
 def accepted(attribute: str) -> str:
   """Which values of an attribute, or of `age`, can be read, for messages."""
   if attribute == "age":
@@ -363,22 +254,11 @@ def _known_words(attribute: str) -> str:
   return f"{', '.join(known)} or unknown"
 
 
-def _group_of(attribute: str, pooled: Collection[str]) -> np.ndarray:
-  """Group index, by the canonical code of every attribute of a combination."""
-  names = group_names(attribute, pooled)
-  index = [
-    names.index(name if name in names else OTHER)
-    for name in group_names(attribute)
-  ]
-  sizes = [len(_names(part)) for part in attribute.split("+")]
-  return np.reshape(index, sizes)
-
-
 def _names(attribute: str) -> tuple[str, ...]:
   if attribute not in ATTRIBUTES:
     raise ValueError(
-      f"No attribute {attribute!r}.{_did_you_mean(attribute, ATTRIBUTES)} "
-      f"The attributes are {', '.join(ATTRIBUTES)}."
+      f"No attribute {attribute!r} in Harvard-FairSeg's files; they have "
+      f"{', '.join(ATTRIBUTES)}."
     )
   return ATTRIBUTES[attribute]
 
@@ -386,12 +266,6 @@ def _names(attribute: str) -> tuple[str, ...]:
 def _words(attribute: str) -> dict[str, int]:
   names = {n.lower(): i for i, n in enumerate(_names(attribute))}
   return names | WORDS[attribute] | dict.fromkeys(UNKNOWN_WORDS, UNKNOWN)
-
-
-def _did_you_mean(name: str, names: Collection[str]) -> str:
-  lower = {n.lower(): n for n in names}
-  near = difflib.get_close_matches(name.lower(), lower, n=1)
-  return f" Did you mean {lower[near[0]]!r}?" if near else ""
 
 
 def _same_keys(a: str, b: str) -> bool:

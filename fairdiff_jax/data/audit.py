@@ -1,33 +1,38 @@
-"""What masks show: whether one is the mask of an eye, how deep pixels lie."""
+"""What masks show: is it what their domain shows, how deep do pixels lie?"""
 
 import cv2
 import numpy as np
 
-CUP = 2
+from fairdiff_jax.data.domain import FUNDUS, Domain
 
 
-def mask_fault(mask: np.ndarray, *, min_solidity: float) -> str | None:
+def mask_fault(
+  mask: np.ndarray, *, min_solidity: float, domain: Domain = FUNDUS
+) -> str | None:
   """What is wrong with a mask, or None.
 
   Args:
-    mask: uint8 [H, W], 0 background, 1 rim, 2 cup.
-    min_solidity: least area of disc and of cup as a share of their convex
-      hulls' areas.
+    mask: uint8 [H, W], classes.
+    min_solidity: least area of every structure as a share of its convex hull's.
+    domain: its structures.
 
   Returns:
-    'no disc', 'no cup', 'no rim', 'outside' (the disc touches the border),
-    'ragged disc' or 'ragged cup'; None for a sound mask.
+    Of a fundus 'no disc', 'no cup', 'no rim', 'outside' (the disc touches the
+    border), 'ragged disc' or 'ragged cup', and so on for other structures;
+    None for a sound mask.
   """
-  disc, cup = mask > 0, mask == CUP
-  if not disc.any():
-    return "no disc"
-  if not cup.any():
-    return "no cup"
-  if np.array_equal(disc, cup):
-    return "no rim"
-  if disc[[0, -1]].any() or disc[:, [0, -1]].any():
-    return "outside"
-  for name, region in (("disc", disc), ("cup", cup)):
+  regions, parents = domain.split(mask), domain.parents
+  for name, region in regions.items():
+    if not region.any():
+      return f"no {name}"
+  alone = {of: name for name, of in domain.reported_classes.items()}
+  for i, name in enumerate(domain.names):
+    if i in parents and not (mask == i + 1).any():
+      return f"no {alone.get((i + 1,), f'{name} alone')}"
+  for region in regions.values() if domain.whole else ():
+    if region[[0, -1]].any() or region[:, [0, -1]].any():
+      return "outside"
+  for name, region in regions.items():
     if _solidity(region) < min_solidity:
       return f"ragged {name}"
   return None

@@ -81,7 +81,7 @@ def augment(
   Args:
     recipe: one of `RECIPES`, or `UPRIGHT`.
     rng: all randomness comes from here.
-    image: uint8 [H, W].
+    image: uint8 [H, W], or RGB [H, W, 3].
     mask: uint8 [H, W].
     points: float32 [N, 3], (row, column, z) in pixels; N may be 0.
 
@@ -97,14 +97,14 @@ def augment(
   if recipe == UPRIGHT:
     geometry = _upright(rng)
   elif _check(recipe) == "light":
-    geometry = _light(rng, image.shape)
+    geometry = _light(rng, image.shape[:2])
   elif recipe == "strong":
-    geometry = _strong(rng, image.shape)
+    geometry = _strong(rng, image.shape[:2])
   else:
     geometry = None
   if geometry is not None:
     image, mask = _warp(geometry, image, mask)
-    points = _move(geometry, points, image.shape)
+    points = _move(geometry, points, image.shape[:2])
   if recipe == "strong":
     image = _intensity(rng, image)
   return image.astype(np.float32), mask, points
@@ -157,10 +157,10 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _warp(geometry: Geometry, image, mask) -> tuple[np.ndarray, np.ndarray]:
-  """Image and mask [H, W] looked up at v(u)."""
-  height, width = image.shape
+  """Image [H, W] or [H, W, 3] and mask [H, W] looked up at v(u)."""
+  height, width = shape = image.shape[:2]
   inverse = np.linalg.inv(geometry.matrix)
-  center = (np.array(image.shape) - 1) / 2
+  center = (np.array(shape) - 1) / 2
   offset = center - inverse @ (center + geometry.shift)
   rows = np.arange(height, dtype=np.float32)[:, None]
   columns = np.arange(width, dtype=np.float32)
@@ -181,7 +181,7 @@ def _warp(geometry: Geometry, image, mask) -> tuple[np.ndarray, np.ndarray]:
 
 def _move(geometry: Geometry, points, shape) -> np.ndarray:
   """Points [N, 3] taken from v to u."""
-  if not len(points):
+  if not points.any():  # none, or the zeros that stand for none
     return points
   center = (np.array(shape) - 1) / 2
   source = points[:, :2] - center
@@ -204,7 +204,7 @@ def _move(geometry: Geometry, points, shape) -> np.ndarray:
 
 
 def _intensity(rng, image: np.ndarray) -> np.ndarray:
-  """uint8 [H, W] -> float32 [H, W] in grey levels."""
+  """uint8 -> float32 of the same shape, in levels."""
   tone = np.arange(256) / 255
   if rng.random() < _TONE_CHANCE:
     gamma = np.exp(rng.uniform(*np.log(_GAMMA)))
@@ -217,7 +217,7 @@ def _intensity(rng, image: np.ndarray) -> np.ndarray:
   if rng.random() < _TONE_CHANCE:
     x += np.float32(255 * rng.uniform(-_BRIGHTNESS, _BRIGHTNESS))
   if rng.random() < _GRAIN_CHANCE:
-    sigma = min(image.shape) / 64 * rng.uniform(*_BLUR)
+    sigma = min(image.shape[:2]) / 64 * rng.uniform(*_BLUR)
     x = cv2.GaussianBlur(x, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
   if rng.random() < _GRAIN_CHANCE:
     noise = rng.standard_normal(image.shape, np.float32)

@@ -1,7 +1,8 @@
-"""Harvard-FairSeg: from a directory of npz files to prepared arrays.
+"""From patients' files to prepared arrays.
 
 `build` reads every npz file of a directory, in any dialect of
-`attributes.DIALECTS`, checks it, brings it to one size and writes array_record
+`attributes.DIALECTS`, `prepare` also the rows of a table (`data.table`). Each
+case is checked, brought to one size and written to array_record
 files through TensorFlow Datasets (without TensorFlow). `load` reads them back
 into memory. A case that cannot be used is set aside and listed with its reason
 in the `Report`, which is stored with the data; no case is dropped silently.
@@ -16,9 +17,14 @@ Rules, in one place:
 * Mask: nested area vote. A pixel is disc where at least half of its area is
   disc, and cup where more than half is cup. Rim is disc without cup: one
   thinner than a pixel keeps its area, where a vote of three classes drops it.
+  So it is with any structures: those that lie within none as the disc, others
+  as the cup.
 * Points: sampled from the mask at its native size, then moved to the prepared
   size with r' = (r + 0.5) H / H0 - 0.5. A case whose points do not give its
   mask back (`contours.LEAST_DICE`) is set aside.
+* Of a table, a case that lacks a structure, or whose points do not give its
+  mask back, is kept: it teaches image generator and segmenter, and has a cloud
+  of zeros, which the mask generator leaves out.
 * Attributes: the npz decides; data_summary.csv fills what is unknown there.
   What nobody can read is unknown, and noted.
 * Split: `use`, a column of data_summary.csv (training / test; or `train`, 1 or
@@ -45,13 +51,24 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from fairdiff_jax import files
-from fairdiff_jax.data import attributes, contours, npz, phantom, splits
+from fairdiff_jax.data import (
+  attributes,
+  contours,
+  groups,
+  npz,
+  phantom,
+  splits,
+  table,
+)
+from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.audit import mask_fault
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.npz import SUMMARY, Case, case_key
-from fairdiff_jax.data.report import STRUCTURES, Report, named, plain
+from fairdiff_jax.data.report import Report, named, plain
 
 MIN_SOLIDITY = 0.9  # of masks, as `bank.min_solidity` is by default
 _WORST = 3  # cases whose round trip is listed
+_MOST_WORDS = 30  # of an attribute whose words are counted
 _LONGEST = 40  # characters of a value that a note quotes
 _MADE_UP = "phantom, "  # how the settings' source begins for phantoms
 
@@ -61,10 +78,13 @@ class Cases(NamedTuple):
 
   Attributes:
     name: n case names (stems of the files).
-    image: [n, H, W] uint8.
-    mask: [n, H, W] uint8, 0 background, 1 rim, 2 cup.
-    points: [n, N, 3] float32, (row, column) in pixels of H x W, and z.
-    attributes: [n] int32 for every key of ATTRIBUTES, -1 unknown.
+    image: [n, H, W] uint8, or RGB [n, H, W, 3].
+    mask: [n, H, W] uint8, classes of the domain.
+    points: [n, N, 3] float32, (row, column) in pixels of H x W, and z; zeros
+      for a case that the mask generator leaves out.
+    attributes: [n] int32 for every attribute, -1 unknown.
+    vocabulary: words of every attribute.
+    domain: what masks and images show.
   """
 
   name: list[str]
@@ -72,6 +92,8 @@ class Cases(NamedTuple):
   mask: np.ndarray
   points: np.ndarray
   attributes: dict[str, np.ndarray]
+  vocabulary: groups.Vocabulary = attributes.ATTRIBUTES
+  domain: Domain = FUNDUS
 
 
 def build(
@@ -126,20 +148,29 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
   """Prepares the data that a run's `config.data` asks for.
 
   Args:
-    config: fields source ("phantom" or a directory of npz files), size,
-      num_points, split, crop, attribute, and phantom, the arguments of
-      `phantom.write`.
+    config: fields source ("phantom", a table, or a directory of npz files),
+      domain, size, num_points, split, crop, attribute, and phantom, the
+      arguments of `phantom.write`.
     directory: where to write the prepared data; phantoms are first written to
       a folder in it as npz files.
 
   Returns, raises: see `build`; ValueError also for an unknown attribute.
   """
-  attributes.group_names(config.attribute)
   if not config.source:
     raise ValueError(
-      "data.source is empty; give --config.data.source=NPZ_DIRECTORY, or "
-      "=phantom for made-up patients."
+      "data.source is empty; give --config.data.source=cases.csv, "
+      "=NPZ_DIRECTORY, or =phantom for made-up patients."
     )
+  if _is_table(config.source):
+    return _prepare_table(config, directory)
+  if domains.of(config.domain) != FUNDUS:
+    raise ValueError(
+      f"data.domain={config.domain!r} is not fundus, which is what the npz "
+      "files show; give a table (.csv) of your patients as data.source."
+    )
+  groups.group_names(
+    config.attribute, (), attributes.ATTRIBUTES | {"age": ("0",)}
+  )
   if config.source != "phantom":
     return build(
       config.source,
@@ -166,7 +197,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
 
 
 def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
-  """Reports on a directory of npz files, or on a prepared one; writes nothing.
+  """Reports on a table, npz files or prepared data; writes nothing.
 
   Raises:
     FileNotFoundError: no such directory, or no npz file in it.
@@ -175,6 +206,11 @@ def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
   if _is_prepared(source):
     return _stored_report(source)
   source = Path(source)
+  if _is_table(source):
+    seen = domains.of("", str(source))
+    found = table.read(source, seen)
+    settings = {"source": str(source)}
+    return _collect_table(source, found, seen, settings, progress)[1]
   paths = _require_files(source)
   rows, split, notes = {}, None, []
   try:
@@ -247,7 +283,7 @@ def load(
       f"{directory} has no split {split!r}; it has {', '.join(found)}."
     )
   with _reading(directory):
-    cases = _read_split(builder, split, progress)
+    cases = _read_split(builder, report, split, progress)
     if report.digests.get(split, _digest(cases)) != _digest(cases):
       raise ValueError("its cases are not those that were prepared")
   return cases
@@ -303,24 +339,35 @@ class FairSeg(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     height, width = self._report.settings["size"]
-    pixels = tfds.features.Image(
-      shape=(height, width, 1), dtype=np.uint8, encoding_format="png"
+    image, mask = (
+      tfds.features.Image(
+        shape=(height, width, channels), dtype=np.uint8, encoding_format="png"
+      )
+      for channels in (_domain_of(self._report).channels, 1)
     )
+    words = self._report.vocabulary
+    if words:
+      codes = {
+        "codes": tfds.features.Tensor(shape=(len(words),), dtype=np.int32)
+      }
+    else:
+      codes = {"age": tfds.features.Scalar(np.float32)}
+      for name in attributes.ATTRIBUTES:
+        codes[name] = tfds.features.Scalar(np.int32)
     points = tfds.features.Tensor(
       shape=(self._report.settings["num_points"], 3), dtype=np.float32
     )
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Fundus images with disc and cup, prepared by fairdiff_jax.",
+      description="Images with masks, prepared by fairdiff_jax.",
       features=tfds.features.FeaturesDict(
         {
           "name": tfds.features.Text(),
-          "image": pixels,
-          "mask": pixels,
+          "image": image,
+          "mask": mask,
           "points": points,
-          "age": tfds.features.Scalar(np.float32),
         }
-        | {a: tfds.features.Scalar(np.int32) for a in attributes.ATTRIBUTES}
+        | codes
       ),
       metadata=tfds.core.MetadataDict(dataclasses.asdict(self._report)),
       disable_shuffling=True,
@@ -339,6 +386,8 @@ class FairSeg(tfds.core.GeneratorBasedBuilder):
 
 def _settings_of(config: Any) -> dict[str, Any]:
   """The settings that a `config.data` asks for."""
+  if _is_table(config.source):
+    return _table_settings(config)
   made = None
   if config.source == "phantom":
     made = [f"{k} {plain(v)}" for k, v in config.phantom.to_dict().items()]
@@ -407,7 +456,7 @@ def _differing(
   differing = {}
   for key in stored | wanted:
     old, new = stored.get(key), wanted.get(key)
-    if key in ("files", "split"):
+    if key in ("files", "split", "domain"):
       same = None in (old, new) or splits.same(old, new)
     else:
       same = old == new
@@ -465,26 +514,48 @@ def _reading(directory: str | os.PathLike) -> Iterator[None]:
     ) from error
 
 
-def _read_split(builder, split: str, progress: bool) -> Cases:
-  records = builder.as_data_source(split)
-  shape = (len(records), *builder.info.features["image"].shape[:2])
-  image, mask = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+def _domain_of(report: Report) -> Domain:
+  return domains.parse(report.domain) if report.domain else FUNDUS
+
+
+def _read_split(builder, report: Report, split: str, progress: bool) -> Cases:
+  records, domain = builder.as_data_source(split), _domain_of(report)
+  shape = (len(records), *builder.info.features["mask"].shape[:2])
+  mask = np.empty(shape, np.uint8)
+  if domain.channels > 1:
+    shape = (*shape, domain.channels)
+  image = np.empty(shape, np.uint8)
   rest = []
   for i in tqdm.trange(
     len(records), desc=f"load {split}", disable=not progress
   ):
     record = records[i]
-    image[i] = record.pop("image")[..., 0]
+    image[i] = record.pop("image").reshape(shape[1:])
     mask[i] = record.pop("mask")[..., 0]
     rest.append(record)
+  if report.vocabulary:
+    words = {name: tuple(of) for name, of in report.vocabulary.items()}
+    columns = np.stack([r["codes"] for r in rest]).T
+    codes = dict(zip(words, columns, strict=True))
+  else:
+    ages = np.array([r["age"] for r in rest], np.float64)
+    known = np.unique(ages[ages >= 0])
+    words = attributes.ATTRIBUTES | {"age": tuple(f"{x:g}" for x in known)}
+    codes = {
+      a: np.array([r[a] for r in rest], np.int32) for a in attributes.ATTRIBUTES
+    }
+    index = np.searchsorted(known, ages)
+    codes["age"] = np.where(ages < 0, attributes.UNKNOWN, index).astype(
+      np.int32
+    )
   return Cases(
     name=[r["name"].decode() for r in rest],
     image=image,
     mask=mask,
     points=np.stack([r["points"] for r in rest]),
-    attributes={
-      a: np.array([r[a] for r in rest], np.int32) for a in attributes.ATTRIBUTES
-    },
+    attributes=codes,
+    vocabulary=words,
+    domain=domain,
   )
 
 
@@ -496,7 +567,7 @@ def _digest(cases: Cases) -> str:
       cases.image[i],
       cases.mask[i],
       cases.points[i],
-      {a: column[i] for a, column in cases.attributes.items()},
+      _told(cases.vocabulary, {a: c[i] for a, c in cases.attributes.items()}),
     )
     for i in range(len(cases.name))
   )
@@ -507,13 +578,24 @@ def _case_digest(
   image: np.ndarray,
   mask: np.ndarray,
   points: np.ndarray,
-  codes: Mapping[str, int],
+  values: Sequence[int | str],
 ) -> bytes:
-  values = [int(codes[a]) for a in attributes.ATTRIBUTES]
   whole = hashlib.sha256(f"{name} {values} {image.shape}".encode())
   for array in (image, mask, points.astype("<f4", copy=False)):
     whole.update(np.ascontiguousarray(array))
   return whole.digest()
+
+
+def _told(
+  vocabulary: groups.Vocabulary, codes: Mapping[str, float]
+) -> list[int | str]:
+  """What a case's digest says of its attributes: FairSeg's codes, or words."""
+  if attributes.ATTRIBUTES.items() <= vocabulary.items():
+    return [int(codes[a]) for a in attributes.ATTRIBUTES]
+  return [
+    f"{name}: {(*words, '')[int(codes[name])]}"
+    for name, words in vocabulary.items()
+  ]
 
 
 def _combine(digests: Iterator[bytes]) -> str:
@@ -562,6 +644,13 @@ def _build(
       f"{report.usable} are in the test split, {len(report.set_aside)} are set "
       f"aside and {sum(report.left_out.values())} are left out."
     )
+  return _write(directory, records, report)
+
+
+def _write(
+  directory: Path, records: Mapping[str, Sequence[Any]], report: Report
+) -> Report:
+  """Writes prepared records by split; returns the report that is stored."""
   tfds.disable_progress_bar()
   builder = FairSeg(
     data_dir=directory,
@@ -578,13 +667,114 @@ def _build(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False),
       )
   except FileExistsError:  # another process was faster
-    return _reuse(directory, settings)
+    return _reuse(directory, report.settings)
   except RuntimeError as error:  # of a full disk
     raise OSError(
       f"{directory}: the prepared data cannot be written ({error}); make room, "
       "or name another directory with --config.data.directory."
     ) from error
   return report
+
+
+def _is_table(source: str | os.PathLike) -> bool:
+  return str(source).lower().endswith(".csv")
+
+
+def _table_settings(config: Any) -> dict[str, Any]:
+  """The settings of a table, in the form that is stored."""
+  path = Path(config.source)
+  if config.split != "use":
+    raise ValueError(
+      f"data.split={config.split!r} is for npz files; a table has its column"
+      " split"
+    )
+  settings = _settings(
+    path.resolve(),
+    None,
+    size=config.size,
+    num_points=config.num_points,
+    split="use",
+    crop=config.crop,
+  )
+  settings["split"] = "column split"
+  if not path.is_file():
+    return settings
+  domain = domains.of(config.domain, config.source)
+  found = table.read(path, domain)
+  named = {p for row in found.rows for p in (row.image, *row.masks) if p}
+  listed = [
+    f"{os.path.relpath(p, path.parent)} {p.stat().st_size}" for p in named
+  ]
+  listed += [files.read_text(path)]
+  settings["files"] = f"{len(named)} {splits.fingerprint(listed)}"
+  settings["domain"] = domains.text(domain)
+  return settings
+
+
+def _prepare_table(config: Any, directory: str | os.PathLike) -> Report:
+  """`prepare` of a table."""
+  files.require_plain(directory, "data.directory")
+  settings = _table_settings(config)
+  stored = _reuse(directory, settings)
+  if stored:
+    return stored
+  source = Path(config.source)
+  domain = domains.of(config.domain, config.source)
+  found = table.read(source, domain)
+  groups.recorded(config.attribute, found.vocabulary)
+  records, report = _collect_table(source, found, domain, settings, True)
+  if not records["train"]:
+    first = "".join(f"; {n}: {why}" for n, why in report.set_aside[:1])
+    raise ValueError(
+      f"{source}: no usable case has the split training; {report.usable} cases "
+      f"have another, {len(report.set_aside)} are set aside{first}"
+    )
+  return _write(
+    Path(directory),
+    {name: of for name, of in records.items() if of},
+    report,
+  )
+
+
+def _collect_table(
+  source: Path,
+  found: table.Table,
+  domain: Domain,
+  settings: dict[str, Any],
+  progress: bool,
+) -> tuple[dict[str, list[Any]], Report]:
+  """Reads every case of a table; as `_collect`."""
+
+  def read(row: table.Row) -> _Found | str:
+    try:
+      case = table.read_case(row, domain)
+      result = _examine(
+        case, row.name, settings, domain, found.vocabulary, strict=False
+      )
+      return result._replace(part=row.split)
+    except table.NotAsDeclared:
+      raise
+    except (ValueError, OSError) as error:
+      return str(error)
+
+  used, set_aside = {}, []
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    results = tqdm.tqdm(
+      pool.map(read, found.rows),
+      desc=f"read {source.name}",
+      total=len(found.rows),
+      disable=not progress,
+    )
+    for row, result in zip(found.rows, results, strict=True):
+      if isinstance(result, str):
+        set_aside.append((row.name, result))
+      else:
+        used[row.name] = result
+  held = {f.part for f in used.values()} & {"validation"}
+  parts = ("train", *held, "test")
+  by_part = {p: [f for f in used.values() if f.part == p] for p in parts}
+  report = _report(used, by_part, settings, set_aside, domain, found.vocabulary)
+  return {p: [f.record for f in of] for p, of in by_part.items()}, report
 
 
 def _npz_files(source: Path) -> list[Path]:
@@ -614,7 +804,9 @@ class _Found(NamedTuple):
     shape: of its pixels.
     record: to be written; {} where nothing is.
     digest: of the record.
-    dice: of disc, cup and rim, see `contours.round_trip`.
+    dice: see `contours.round_trip`; () without a cloud.
+    absent: structures that the mask lacks.
+    unlike: why its cloud does not stand for its mask, or None.
     fault: why the mask would be refused if it were made up, or None.
     differing: attributes in which the csv contradicts the file.
     cut: whether the crop cuts the disc.
@@ -625,7 +817,9 @@ class _Found(NamedTuple):
   shape: tuple[int, ...] = ()
   record: Mapping[str, Any] = {}
   digest: bytes = b""
-  dice: tuple[float, float, float] = (0, 0, 0)
+  dice: tuple[float, ...] = ()
+  absent: tuple[str, ...] = ()
+  unlike: str | None = None
   fault: str | None = None
   differing: Sequence[str] = ()
   cut: bool = False
@@ -681,7 +875,9 @@ def _collect(
       if part in splits.LEFT_OUT:
         return _Found(part)
       case, differing = _fill(npz.read_case(path), *row)
-      found = _examine(case, path.stem, settings)
+      found = _examine(
+        case, path.stem, settings, FUNDUS, attributes.ATTRIBUTES, strict=True
+      )
       return found._replace(part=part, differing=differing)
     except (ValueError, OSError) as error:
       return str(error).removeprefix(f"{path}: ")
@@ -705,30 +901,95 @@ def _collect(
 
   parts = ("all",) if split is None else ("train", "test")
   by_part = {p: [f for f in used.values() if f.part == p] for p in parts}
-  dice = np.reshape([f.dice for f in used.values()], (-1, len(STRUCTURES)))
-  worst = [name for name in used if min(used[name].dice) < 1]
-  worst = sorted(worst, key=lambda name: min(used[name].dice))[:_WORST]
-  report = Report(
+  report = _report(used, by_part, settings, set_aside, FUNDUS, {})
+  report.left_out.update(left_out)
+  report.notes[:0] = _notes(used, rows, present)
+  return {p: [f.record for f in found] for p, found in by_part.items()}, report
+
+
+def _report(
+  used: Mapping[str, _Found],
+  by_part: Mapping[str, Sequence[_Found]],
+  settings: dict[str, Any],
+  set_aside: list[tuple[str, str]],
+  domain: Domain,
+  vocabulary: groups.Vocabulary,
+) -> Report:
+  """What was found in cases that can be used, by name and by part."""
+  drawn = {name: f for name, f in used.items() if f.dice}
+  measured = _measured(domain)
+  dice = np.reshape([f.dice for f in drawn.values()], (-1, len(measured)))
+  worst = [name for name in drawn if min(drawn[name].dice) < 1]
+  worst = sorted(worst, key=lambda name: min(drawn[name].dice))[:_WORST]
+  return Report(
     settings=settings,
     dialects=_counted(f.case.dialect for f in used.values()),
     sizes=_counted(plain(f.shape) for f in used.values()),
-    counts={part: _groups(found) for part, found in by_part.items()},
+    counts={
+      part: _groups(found, vocabulary) for part, found in by_part.items()
+    },
     set_aside=set_aside,
-    notes=_notes(used, rows, present),
-    left_out=dict(left_out),
+    notes=_structure_notes(used, domain),
     round_trip={
       structure: {"mean": float(column.mean()), "least": float(column.min())}
-      for structure, column in zip(STRUCTURES, dice.T, strict=True)
-      if used
+      for structure, column in zip(measured, dice.T, strict=True)
+      if drawn
     },
-    worst=[(name, *used[name].dice) for name in worst],
+    worst=[(name, *drawn[name].dice) for name in worst],
     digests={
       part: _combine(f.digest for f in found)
       for part, found in by_part.items()
       if found and "size" in settings
     },
+    domain={} if domain == FUNDUS else domains.to_json(domain),
+    vocabulary={name: list(words) for name, words in vocabulary.items()},
   )
-  return {p: [f.record for f in found] for p, found in by_part.items()}, report
+
+
+def _measured(domain: Domain) -> list[str]:
+  """What `contours.round_trip` measures, by name."""
+  names = {of: name for name, of in domain.reported_classes.items()}
+  own = [
+    names.get((i + 1,), f"{name} alone")
+    for i, name in enumerate(domain.names)
+    if i in domain.parents
+  ]
+  return [*domain.names, *own]
+
+
+def _structure_notes(used: Mapping[str, _Found], domain: Domain) -> list[str]:
+  """What is worth saying of masks, one sentence each."""
+  notes = []
+  for structure in domain.names:
+    lacking = [name for name, f in used.items() if structure in f.absent]
+    if lacking:
+      notes.append(
+        f"{len(lacking)} cases show no {structure}; the mask generator leaves "
+        f"them out: {named(lacking)}."
+      )
+  unlike = [name for name, f in used.items() if f.unlike]
+  if unlike:
+    notes.append(
+      f"{len(unlike)} cases are left out by the mask generator: {named(unlike)}"
+      f". Of the first, {used[unlike[0]].unlike}"
+    )
+  cut = [name for name, found in used.items() if found.cut]
+  if cut:
+    what = "disc" if domain == FUNDUS else "structures"
+    notes.append(
+      f"The crop cuts the {what} of {len(cut)} cases, which are kept: "
+      f"{named(cut)}."
+    )
+  unsound = collections.defaultdict(list)
+  for name, found in used.items():
+    if found.fault and domain == FUNDUS:
+      unsound[found.fault].append(name)
+  notes += [
+    f"{len(names)} masks would be refused as {fault!r} if they were made up "
+    f"(bank.min_solidity={MIN_SOLIDITY}), and are kept: {named(names)}."
+    for fault, names in unsound.items()
+  ]
+  return notes
 
 
 def _require_one(
@@ -757,25 +1018,53 @@ def _require_one(
     )
 
 
-def _examine(case: Case, name: str, settings: Mapping[str, Any]) -> _Found:
-  """Crops, samples and resizes a case; without a size it is not resized."""
-  shape, whole = case.image.shape, np.count_nonzero(case.mask)
-  case = _crop(case, settings.get("crop", ()))
+def _examine(
+  case: Case,
+  name: str,
+  settings: Mapping[str, Any],
+  domain: Domain,
+  vocabulary: groups.Vocabulary,
+  *,
+  strict: bool,
+) -> _Found:
+  """Crops, samples and resizes a case; without a size it is not resized.
+
+  A case that lacks a structure, or has a cloud that does not give its mask
+  back, raises ValueError if `strict`, and else has a cloud of zeros.
+  """
+  parents, number = domain.parents, settings.get("num_points")
+  shape, whole = case.image.shape[:2], np.count_nonzero(case.mask)
+  case = _crop(case, settings.get("crop", ()), domain, strict)
   mask = case.mask
-  points = contours.mask_to_points(mask, settings.get("num_points"))
-  dice = contours.round_trip(mask, points)
-  fault = contours.round_trip_fault(mask, points, dice)
-  if fault:
-    raise ValueError(fault)
+  absent = tuple(k for k, of in domain.split(mask).items() if not of.any())
+  points, dice, unlike = np.zeros((number or 0, 3), np.float32), (), None
+  if strict or not absent:
+    points = contours.mask_to_points(mask, number, parents)
+    dice = contours.round_trip(mask, points, parents)
+    unlike = contours.round_trip_fault(
+      mask, points, dice, parents, domain.names
+    )
+  if unlike and strict:
+    raise ValueError(unlike)
   record, digest = {}, b""
   cut = np.count_nonzero(mask) < whole
   if "size" in settings:
     size = settings["size"]
-    points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
-    image, mask = _resize(case.image, size), _resize_mask(mask, size)
-    digest = _case_digest(name, image, mask, points, case.attributes)
-    pixels = {"image": _png(image), "mask": _png(mask)}
-    record = {"name": name, **pixels, "points": points, **case.attributes}
+    if unlike:
+      points = np.zeros_like(points)
+    elif not absent:
+      points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
+    image, mask = _resize(case.image, size), _resize_mask(mask, size, domain)
+    if strict:
+      _require_shown(case.mask, mask, domain)
+    codes = case.attributes
+    told = _told(vocabulary, codes)
+    digest = _case_digest(name, image, mask, points, told)
+    record = {"name": name, "image": _png(image), "mask": _png(mask)}
+    record["points"] = points
+    if vocabulary is not attributes.ATTRIBUTES:
+      codes = {"codes": np.array([codes[a] for a in vocabulary], np.int32)}
+    record |= codes
   return _Found(
     part="",
     case=case._replace(image=None, mask=None),
@@ -783,7 +1072,9 @@ def _examine(case: Case, name: str, settings: Mapping[str, Any]) -> _Found:
     record=record,
     digest=digest,
     dice=dice,
-    fault=mask_fault(mask, min_solidity=MIN_SOLIDITY),
+    absent=absent,
+    unlike=unlike,
+    fault=mask_fault(mask, min_solidity=MIN_SOLIDITY, domain=domain),
     cut=cut,
   )
 
@@ -792,9 +1083,20 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
   return dict(collections.Counter(values))
 
 
-def _groups(found: Sequence[_Found]) -> dict[str, dict[str, int]]:
-  """Cases by attribute and name of the group."""
+def _groups(
+  found: Sequence[_Found], vocabulary: groups.Vocabulary
+) -> dict[str, dict[str, int]]:
+  """Cases by attribute and name of the group; of a table, by word."""
   counts = {}
+  if vocabulary:
+    counts["cases"] = {"all": len(found)}
+  for name, words in vocabulary.items():
+    of = collections.Counter(int(f.case.attributes[name]) for f in found)
+    if len(words) <= _MOST_WORDS:
+      counts[name] = {w: of[i] for i, w in enumerate(words)}
+      counts[name] |= {"Unknown": of[attributes.UNKNOWN]}
+  if vocabulary:
+    return counts
   for attribute, names in attributes.ATTRIBUTES.items():
     by_code = collections.Counter(f.case.attributes[attribute] for f in found)
     counts[attribute] = {
@@ -831,29 +1133,16 @@ def _notes(
       f"{attribute}: {named(listed)} cannot be read and count as unknown; "
       f"{attributes.accepted(attribute)}."
     )
-  cut = [name for name, found in used.items() if found.cut]
-  if cut:
-    notes.append(
-      f"The crop cuts the disc of {len(cut)} cases, which are kept: "
-      f"{named(cut)}."
-    )
-  unsound = collections.defaultdict(list)
-  for name, found in used.items():
-    if found.fault:
-      unsound[found.fault].append(name)
-  notes += [
-    f"{len(names)} masks would be refused as {fault!r} if they were made up "
-    f"(bank.min_solidity={MIN_SOLIDITY}), and are kept: {named(names)}."
-    for fault, names in unsound.items()
-  ]
   return notes
 
 
-def _crop(case: Case, crop: Sequence[int]) -> Case:
+def _crop(
+  case: Case, crop: Sequence[int], domain: Domain, strict: bool
+) -> Case:
   """The centre [H, W] of a case; all of it for a crop ()."""
   if not crop:
     return case
-  shape = case.image.shape
+  shape = case.image.shape[:2]
   if any(new > old for new, old in zip(crop, shape, strict=True)):
     raise ValueError(
       f"the image ({plain(shape)}) is smaller than the crop {plain(crop)}; "
@@ -861,35 +1150,56 @@ def _crop(case: Case, crop: Sequence[int]) -> Case:
     )
   starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
   centre = tuple(slice(i, i + n) for i, n in zip(starts, crop, strict=True))
-  if not (case.mask[centre] == 2).any():
-    raise ValueError(
-      f"the crop {plain(crop)} of {plain(shape)} shows no cup; choose a "
-      "larger crop."
-    )
+  # What lies within others is asked first.
+  for name, region in reversed(domain.split(case.mask[centre]).items()):
+    if strict and not region.any():
+      raise ValueError(
+        f"the crop {plain(crop)} of {plain(shape)} shows no {name}; choose a "
+        "larger crop."
+      )
   return case._replace(image=case.image[centre], mask=case.mask[centre])
 
 
 def _resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   shrinking = all(
-    new <= old for new, old in zip(size, image.shape, strict=True)
+    new <= old for new, old in zip(size, image.shape[:2], strict=True)
   )
   method = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
   return cv2.resize(image, (size[1], size[0]), interpolation=method)
 
 
-def _resize_mask(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def _resize_mask(
+  mask: np.ndarray, size: Sequence[int], domain: Domain = FUNDUS
+) -> np.ndarray:
   """Resizes a mask [H0, W0] to [H, W] by nested area vote."""
-  disc = _resize((mask > 0).astype(np.float32), size) >= 0.5
-  cup = disc & (_resize((mask == 2).astype(np.float32), size) > 0.5)
-  if not cup.any():
-    raise ValueError(
-      f"the cup ({int((mask == 2).sum())} pixels of {plain(mask.shape)}) is "
-      f"lost at {plain(size)}; choose a larger size."
-    )
-  return disc.astype(np.uint8) + cup
+  painted: dict[str, np.ndarray] = {}
+  for structure, region in zip(
+    domain.structures, domain.split(mask).values(), strict=True
+  ):
+    share = _resize(region.astype(np.float32), size)
+    if structure.within is None:
+      painted[structure.name] = share >= 0.5
+    else:
+      painted[structure.name] = painted[structure.within] & (share > 0.5)
+  return domain.paint(painted)
+
+
+def _require_shown(
+  native: np.ndarray, mask: np.ndarray, domain: Domain
+) -> None:
+  """Raises ValueError if a structure is lost where a mask is resized."""
+  for name, region in reversed(domain.split(mask).items()):
+    if not region.any():
+      pixels = np.count_nonzero(domain.split(native)[name])
+      raise ValueError(
+        f"the {name} ({pixels} pixels of {plain(native.shape)}) is "
+        f"lost at {plain(mask.shape)}; choose a larger size."
+      )
 
 
 def _png(pixels: np.ndarray) -> bytes:
+  if pixels.ndim == 3:
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
   return cv2.imencode(".png", pixels)[1].tobytes()
 
 

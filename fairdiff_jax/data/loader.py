@@ -19,10 +19,11 @@ class Pool(NamedTuple):
 
   Attributes:
     name: case names [n].
-    image: uint8 [n, H, W].
+    image: uint8 [n, H, W], or RGB [n, H, W, 3].
     mask: uint8 [n, H, W].
     group: int32 [n], -1 for unknown.
-    points: float32 [n, N, 3]; N is 0 for cases without.
+    points: float32 [n, N, 3]; N is 0 in pools without, and a case that lacks a
+      structure has a cloud of zeros.
     epoch: indices [M] into the cases.
     latent: float32 [n, h, w, 2 C], which batches hold in place of images; None
       for pools without.
@@ -56,8 +57,9 @@ def draw(
 
 
 def normalize(image: np.ndarray) -> np.ndarray:
-  """Grey levels [..., H, W] -> float32 [..., H, W, 1]; 0..255 is [-1, 1]."""
-  return (image.astype(np.float32) / 127.5 - 1)[..., None]
+  """Grey [n, H, W] or RGB [n, H, W, 3] as float32 [n, H, W, C] in [-1, 1]."""
+  image = image.astype(np.float32) / 127.5 - 1
+  return image if image.ndim == 4 else image[..., None]
 
 
 def make_batch(
@@ -84,7 +86,7 @@ def make_batch(
       are: their masks would no longer be those of the encoded images.
 
   Returns:
-    image [b, H, W, 1], or latent [b, h, w, 2 C] where the pool has them, mask
+    image [b, H, W, C], or latent [b, h, w, 2 C] where the pool has them, mask
     [b, H, W], points [b, N, 3], group [b] and weight [b].
   """
   index = draw(pool.epoch, seed=seed, stream=stream, step=step, size=size)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fairdiff_jax.data.attributes import group_counts
+from fairdiff_jax.data.groups import group_counts
 
 STRATEGIES = ("none", "repeat_sample", "equal_scale")
 

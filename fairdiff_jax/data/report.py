@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHOWN = 8  # cases that a line names
-STRUCTURES = ("disc", "cup", "rim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +19,12 @@ class Report:
     set_aside: (file, reason) of every case that is not used.
     notes: other findings, one sentence each.
     left_out: cases that the csv leaves out on purpose, by its word.
-    round_trip: disc, cup and rim -> mean and least Dice of the masks with what
-      their clouds give back.
-    worst: (file, Dice of disc, cup, rim) of the cases that fare worst there.
+    round_trip: structure -> mean and least Dice of the masks with what their
+      clouds give back; disc, cup and rim for a fundus.
+    worst: (file, Dice of each) of the cases that fare worst there.
     digests: split -> SHA-256 of its prepared cases.
+    domain: as `domain.to_json` gives it; {} for fundus.
+    vocabulary: words of every attribute; {} for those of Harvard-FairSeg.
   """
 
   settings: dict[str, Any]
@@ -36,10 +37,10 @@ class Report:
   round_trip: dict[str, dict[str, float]] = dataclasses.field(
     default_factory=dict
   )
-  worst: list[tuple[str, float, float, float]] = dataclasses.field(
-    default_factory=list
-  )
+  worst: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
   digests: dict[str, str] = dataclasses.field(default_factory=dict)
+  domain: dict[str, Any] = dataclasses.field(default_factory=dict)
+  vocabulary: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   @property
   def usable(self) -> int:
@@ -85,14 +86,22 @@ class Report:
     if not self.round_trip:
       return []
     rows = [
-      (row, *(self.round_trip[s][row] for s in STRUCTURES))
+      (row, *(self.round_trip[s][row] for s in self.round_trip))
       for row in ("mean", "least")
     ]
     points = self.settings.get("num_points", "all")
+    widths = [max(8, len(s) + 2) for s in self.round_trip]
     title = f"masks from {points} points, Dice"
-    lines = ["", f"{title:<29}" + "".join(f"{s:>8}" for s in STRUCTURES)]
+    lines = [
+      "",
+      f"{title:<29}"
+      + "".join(
+        f"{s:>{w}}" for s, w in zip(self.round_trip, widths, strict=True)
+      ),
+    ]
     for label, *scores in rows + self.worst:
-      lines.append(f"{label:<29}" + "".join(f"{x:>8.4f}" for x in scores))
+      cells = (f"{x:>{w}.4f}" for x, w in zip(scores, widths, strict=True))
+      lines.append(f"{label:<29}" + "".join(cells))
     return lines
 
 

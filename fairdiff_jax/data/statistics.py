@@ -5,16 +5,17 @@ They travel in the checkpoint: sampling needs no data.
 
 import numpy as np
 
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.fairseg import Cases
 
-NUM_CLASSES = 3
 GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
 DARK = 0.1  # added to brightness in [0, 2], so that black has a logarithm
 POOLED = 8  # cases of its own that weigh as much as the groups' pooled spread
 
 
-def shapes(num_groups: int) -> dict:
+def shapes(num_groups: int, domain: Domain = FUNDUS) -> dict:
   """The statistics of no data: same structure and shapes, float32 zeros."""
+  numbers = domain.num_classes * domain.channels
   rows = num_groups + 1
   return {
     "points": {
@@ -22,8 +23,8 @@ def shapes(num_groups: int) -> dict:
       "std": np.zeros((), np.float32),
     },
     "image": {
-      "intensity": np.zeros((rows, NUM_CLASSES), np.float32),
-      "spread": np.zeros((rows, NUM_CLASSES, NUM_CLASSES), np.float32),
+      "intensity": np.zeros((rows, numbers), np.float32),
+      "spread": np.zeros((rows, numbers, numbers), np.float32),
       "scale": np.zeros(rows, np.float32),
     },
     "segmenter": {},
@@ -45,20 +46,27 @@ def compute(
 
   Returns:
     By network: points 'mean' [3] and 'std' [] ("global unit": one standard
-    deviation for all coordinates); image 'intensity' [G + 1, C], the mean over
-    a group's cases of their mean intensity per class, 'spread' [G + 1, C, C],
-    the symmetric root of the covariance of a new case's, and 'scale' [G + 1],
-    the root mean square of what is left of an image, one grey level at the
-    least. Intensities are logarithms, log(image + 1 + DARK). The last row and
-    those of absent groups are of all cases. Of a class without a pixel a case
-    has its group's mean, a group that of all cases, and all cases 0.
+    deviation for all coordinates), of clouds that are not all zeros, 0 and 1
+    if all are; image 'intensity' [G + 1, I], the mean over a group's cases of
+    their mean intensity in every class and channel, I = classes x channels,
+    'spread' [G + 1, I, I], the symmetric root of the covariance of a new
+    case's, and 'scale' [G + 1], the root mean square of what is left of an
+    image, one grey level at the least. Intensities are logarithms,
+    log(image + 1 + DARK). The last row and those of absent groups are of all
+    cases. Of a class without a pixel a case has its group's mean, a group that
+    of all cases, and all cases 0.
   """
-  result = shapes(num_groups)
-  flat = cases.points.reshape(-1, 3)
-  mean = flat.mean(0, dtype=np.float64)
+  result = shapes(num_groups, cases.domain)
+  drawn = cases.points.any(axis=(1, 2))
+  flat = cases.points[drawn].reshape(-1, 3)
+  if len(flat):
+    mean = flat.mean(0, dtype=np.float64)
+    std = np.sqrt(((flat - mean) ** 2).mean(dtype=np.float64))
+  else:
+    mean, std = np.zeros(3), 1
   result["points"] = {
     "mean": mean.astype(np.float32),
-    "std": np.float32(np.sqrt(((flat - mean) ** 2).mean(dtype=np.float64))),
+    "std": np.float32(std),
   }
   if not intensity_prior:
     result["image"]["scale"] += 1
@@ -87,22 +95,23 @@ def compute(
 
 
 def _by_class(cases):
-  """By case and class [n, C]: mean intensity (NaN without a pixel), number of
-  pixels, and sum of their squared distances from it."""
-  shape = (len(cases.image), NUM_CLASSES)
+  """By case, class and channel [n, I]: mean intensity (NaN without a pixel),
+  number of values, and sum of their squared distances from it."""
+  classes, channels = cases.domain.num_classes, cases.domain.channels
+  shape = (len(cases.image), classes, channels)
   means, count, square = (
     np.full(shape, np.nan),
     np.zeros(shape),
     np.zeros(shape),
   )
   for i, (image, mask) in enumerate(zip(cases.image, cases.mask, strict=True)):
-    x = np.log(image / 127.5 + DARK)
-    for c in range(NUM_CLASSES):
+    x = np.log(image / 127.5 + DARK).reshape(*mask.shape, channels)
+    for c in range(classes):
       inside = x[mask == c]
       if len(inside):
-        means[i, c], count[i, c] = inside.mean(), len(inside)
-        square[i, c] = np.sum((inside - means[i, c]) ** 2)
-  return means, count, square
+        means[i, c], count[i, c] = inside.mean(0), len(inside)
+        square[i, c] = np.sum((inside - means[i, c]) ** 2, axis=0)
+  return tuple(a.reshape(shape[0], -1) for a in (means, count, square))
 
 
 def _mean(values, fallback):

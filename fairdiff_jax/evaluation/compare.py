@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
+from fairdiff_jax.data import domain as domains
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.fairness import metrics, uncertainty
 
@@ -48,8 +50,6 @@ NOT_OF_METHODS = (
   "seed",
   *(f"data.phantom.{name}" for name in ("seed", "test", "test_seed")),
 )
-SCORES = [(c, m) for c in segmentation.CLASSES for m in segmentation.MEASURES]
-SCORES += [("cup_to_disc", "error")]
 
 Cell = tuple[str, str]  # a text, and one that explains it
 # (method, class, measure, figure, group) -> VALUES, those that it has
@@ -145,7 +145,9 @@ def _plain(value: Any) -> str:
   return value if isinstance(value, str) else json.dumps(value)
 
 
-def read_cases(run: str | Path) -> dict[str, np.ndarray]:
+def read_cases(
+  run: str | Path, domain: Domain = FUNDUS
+) -> dict[str, np.ndarray]:
   """Columns `[n]` of a run's `report/cases.csv`, as `per_case` made them.
 
   It is the table of the run's own model; its baseline is in another.
@@ -162,7 +164,7 @@ def read_cases(run: str | Path) -> dict[str, np.ndarray]:
   if not rows:
     raise ValueError(f"{path} holds no case; {remedy}")
   columns = {}
-  for name in ("name", "group", *map("_".join, SCORES)):
+  for name in ("name", "group", *map("_".join, segmentation.scores(domain))):
     if name not in present:
       raise ValueError(f"{path} has no column {name!r}; {remedy}")
     columns[name] = np.array([row[name] for row in rows])
@@ -172,6 +174,25 @@ def read_cases(run: str | Path) -> dict[str, np.ndarray]:
       except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; {remedy}") from error
   return columns
+
+
+def _domain(summaries: Mapping[Path, Mapping]) -> Domain:
+  """What all these reports are of.
+
+  Raises:
+    ValueError: Two differ.
+  """
+  (first, expected), *others = (
+    (run, domains.parse(of["domain"]) if of.get("domain") else FUNDUS)
+    for run, of in summaries.items()
+  )
+  for run, domain in others:
+    if domain != expected:
+      raise ValueError(
+        f"{first} and {run} report other structures: {domains.text(expected)}"
+        f" and {domains.text(domain)}; compare runs of one data set"
+      )
+  return expected
 
 
 def _definitions(summaries: Mapping[Path, Mapping]) -> metrics.Definitions:
@@ -320,6 +341,7 @@ def _rows(
   cases: Mapping[str, Sequence[segmentation.Columns]],
   reference: str,
   definition: str,
+  domain: Domain,
 ) -> Rows:
   """Every figure of every measure of every method."""
   columns = cases[reference][0]
@@ -328,7 +350,7 @@ def _rows(
   group = np.array([index.get(g, -1) for g in columns["group"].tolist()])
   rows: Rows = {}
   for method, seeds in tqdm(cases.items(), desc="methods", unit="method"):
-    for cls, measure in SCORES:
+    for cls, measure in segmentation.scores(domain):
       column = f"{cls}_{measure}"
       against = None
       if method != reference:
@@ -351,9 +373,11 @@ def _over_seeds(values: np.ndarray) -> np.ndarray:
   return np.ma.masked_invalid(values).mean(0).filled(np.nan)
 
 
-def _add_shares(rows: Rows, methods: Iterable[str], ends: Sequence[str]):
+def _add_shares(
+  rows: Rows, methods: Iterable[str], ends: Sequence[str], domain: Domain
+):
   """Shares of the distance of ES-Dice between two methods, where it is > 0."""
-  for cls, method in itertools.product(segmentation.CLASSES, methods):
+  for cls, method in itertools.product(domain.reported, methods):
     key = (cls, "dice", "es", "")
     start, stop = (rows[(end, *key)]["value"] for end in ends)
     if stop > start:
@@ -455,6 +479,7 @@ def _notes(
   reference: str,
   ceiling: str | None,
   definitions: metrics.Definitions,
+  domain: Domain,
 ) -> list[str]:
   """What a reader must know of the tables."""
   sizes = ", ".join(f"{name} {count}" for name, count in groups.items())
@@ -480,9 +505,12 @@ def _notes(
       f"Share closed: of the distance of ES-Dice from {reference} to {ceiling},"
       f" times 100; – where {ceiling} is not above {reference}."
     )
-  terms = ("Dice, IoU", "ES-Dice", "Gap", "p", "Groups", "Disc")
-  glossary = report.glossary(definitions)
-  return notes + [f"{term}: {glossary[term]}" for term in terms]
+  glossary = report.glossary(definitions, domain)
+  terms = ["Dice, IoU", "ES-Dice", "Gap", "p", "Groups"]
+  terms += [name.title() for name in domain.reported]
+  return notes + [
+    f"{term}: {glossary[term]}" for term in terms if term in glossary
+  ]
 
 
 def _markdown(warning: str, notes: Sequence[str], tables: Mapping) -> str:
@@ -617,9 +645,9 @@ def compare_runs(
   summaries = {
     Path(run): report.read(run) for run in itertools.chain(*methods.values())
   }
-  definitions = _definitions(summaries)
+  definitions, domain = _definitions(summaries), _domain(summaries)
   cases = {
-    name: {Path(run): read_cases(run) for run in runs}
+    name: {Path(run): read_cases(run, domain) for run in runs}
     for name, runs in methods.items()
   }
   tables_of = {r: c for runs in cases.values() for r, c in runs.items()}
@@ -629,20 +657,21 @@ def compare_runs(
     {name: list(runs.values()) for name, runs in cases.items()},
     reference,
     definitions.equity,
+    domain,
   )
   if ceiling:
-    _add_shares(rows, methods, (reference, ceiling))
+    _add_shares(rows, methods, (reference, ceiling), domain)
   result = [dict(zip(KEYS, k, strict=True)) | row for k, row in rows.items()]
 
   columns = next(iter(cases[reference].values()))
   groups = segmentation.groups(columns)
   warning = _warning(groups)
   n = len(columns["group"])
-  notes = _notes(groups, n, reference, ceiling, definitions)
+  notes = _notes(groups, n, reference, ceiling, definitions, domain)
   tables = {}
-  for cls in segmentation.CLASSES:
+  for cls in domain.reported:
     tables |= _tables(rows, cls, groups, reference, ceiling)
-  charts = "".join(_chart(rows, c, groups) for c in segmentation.CLASSES)
+  charts = "".join(_chart(rows, c, groups) for c in domain.reported)
   summary = {
     "definitions": dataclasses.asdict(definitions),
     "n": n,

@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
+from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.fairseg import Cases, digest, load, num_cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import realism, report, segmentation
-from fairdiff_jax.fairness.metrics import CUP, RIM, Definitions, dice
+from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.banks import bank_directory, read_bank
@@ -34,7 +35,7 @@ REPORT = 2  # tells the noise of a report's cases from that of banks
 def make_predictor(
   run: Setup, inference: dict[str, Any], batch_size: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """The segmenter as (images uint8 [n, H, W]) -> labels uint8 [n, H, W]."""
+  """The segmenter as (images uint8) -> labels uint8 [n, H, W]."""
   variables = network(inference, "segmenter")
   function = jax.jit(
     run.objective.tasks["segmenter"].sample,
@@ -51,7 +52,7 @@ def make_predictor(
       )
       for i in range(0, len(images), batch_size)
     ]
-    none = np.empty((0, *images.shape[1:]), np.uint8)
+    none = np.empty((0, *images.shape[1:3]), np.uint8)
     return np.concatenate([none, *labels]).astype(np.uint8)
 
   return predict
@@ -113,7 +114,8 @@ def agreement(
     "real": (test.mask, predict(test.image), test_group),
   }
   result: dict[str, dict[str, dict[str, float]]] = {}
-  for cls, code in (("cup", CUP), ("rim", RIM)):
+  for cls in test.domain.parts:
+    code = test.domain.reported_classes[cls]
     means = {
       side: [_mean(scores[group == g]) for g in range(len(names))]
       for side, (label, prediction, group) in sides.items()
@@ -189,6 +191,7 @@ def evaluate(
   train = load(data, "train")
   test = _load_test(data, train)
   train_group, test_group = (case_groups(config, c) for c in (train, test))
+  domain = train.domain
   bank, counts, notices = _read_bank(config, workdir, step, names)
   for g, name in enumerate(names):
     counts[name]["real"] = int((train_group == g).sum())
@@ -235,7 +238,7 @@ def evaluate(
       "group": np.array(names)[group],
     }
     real = {"image": test.image, "mask": test.mask, "group": cases["group"]}
-    realistic = realism.compare(real, synthetic, segmentation.STRUCTURES, names)
+    realistic = realism.compare(real, synthetic, domain.regions, names)
     agreements = {
       name: agreement(
         predict, generated, group, test, test_group, names, definitions.empty
@@ -252,7 +255,8 @@ def evaluate(
     title=title,
     models={
       name: segmentation.per_case(
-        test.mask, prediction, test.name, test_group, names, definitions.empty
+        *(test.mask, prediction, test.name, test_group, names),
+        *(definitions.empty, domain),
       )
       for name, prediction in predictions.items()
     },
@@ -290,6 +294,7 @@ def evaluate(
       "config sha256": configs.config_hash(config),
     },
     definitions=definitions,
+    domain=domain,
   )
 
 
@@ -299,7 +304,9 @@ def _load_test(directory: Path, train: Cases) -> Cases:
     return load(directory, "test")
   image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
   attributes = {name: codes[:0] for name, codes in train.attributes.items()}
-  return Cases([], image, mask, points, attributes)
+  return train._replace(
+    name=[], image=image, mask=mask, points=points, attributes=attributes
+  )
 
 
 def _digest(cases: Cases) -> str:
@@ -325,7 +332,8 @@ def _read_bank(
     return "none", counts, []
   directory = bank_directory(workdir, filled)
   try:
-    group = read_bank(directory, config.data.size, len(names)).group
+    domain = domains.of(config.data.domain, config.data.source)
+    group = read_bank(directory, config.data.size, len(names), domain).group
   except (OSError, ValueError) as error:
     notice = f"Synthetic training cases are not counted: {error}."
     return directory.name, counts, [notice]

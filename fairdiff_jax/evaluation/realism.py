@@ -19,6 +19,7 @@ from scipy import linalg, ndimage
 from scipy.spatial.distance import cdist
 
 from fairdiff_jax.data.audit import signed_distance
+from fairdiff_jax.data.statistics import GREY_LEVEL
 
 MIN_CASES = 16  # of a group, real and synthetic, for an AUC
 FOLDS = 5
@@ -35,7 +36,7 @@ def statistics(
   """Statistics of cases.
 
   Args:
-    image: uint8 [n, H, W].
+    image: uint8 [n, H, W], or RGB [n, H, W, 3], of which the mean is taken.
     mask: [n, H, W] of classes, 0 background.
     structures: name -> the classes that it consists of.
 
@@ -46,16 +47,23 @@ def statistics(
     where a lies within b), `grain` (standard deviation of what a blur by one
     pixel takes away from the background), `detail 1..4` (logarithm of the
     amplitude in bands of frequency, coarse to fine), `vessels` (99th percentile
-    of the background's dark ridges).
+    of the background's dark ridges); of RGB images also `red to green`
+    and `blue to green`, ratios of what the background has of them.
   """
   n, *shape = mask.shape
   unit = min(shape) / 64
-  x = image.astype(np.float32) / 127.5 - 1
+  colour = image.astype(np.float32) / 127.5 - 1
+  x = colour if image.ndim == 3 else colour.mean(-1)
   blurred = _blur(x, unit)
   background = mask == 0
   away = _distance(background) > 3 * unit - 0.5  # from the nearest structure
   brightness = _mean(x, background)
   result = {"brightness": brightness}
+  if image.ndim == 4:
+    red, green, blue = (
+      _mean(colour[..., c], background) + 1 + GREY_LEVEL for c in range(3)
+    )
+    result |= {"red to green": red / green, "blue to green": blue / green}
   gradient = np.hypot(
     *(_blur(x, 0.5 * unit, order) for order in ((1, 0), (0, 1)))
   )

@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fairdiff_jax import files
+from fairdiff_jax.data import domain as domains
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.evaluation import segmentation
 from fairdiff_jax.evaluation.realism import MIN_CASES as MIN_SAMPLE
 from fairdiff_jax.fairness import uncertainty
@@ -137,9 +139,6 @@ GLOSSARY = {
   "Gap": "Mean Dice of the best group less that of the worst, in points.",
   "HD95": "95th percentile of the distances between the two outlines, both"
   " directions pooled, in pixels of the prepared masks. Less is better.",
-  "Cup-to-disc error": "Absolute error of the area ratio of cup to disc. Left"
-  " out where label or prediction has no disc.",
-  "Disc": "Rim and cup together.",
   "Intervals": "The small range at a figure: a 95% bootstrap interval"
   " (percentiles of 2,000 resamples of the test cases within their groups). It"
   " shows the chance of the test cases, not that of training. For ES-Dice and"
@@ -160,8 +159,29 @@ GLOSSARY = {
 }
 
 
-def glossary(definitions: Definitions) -> dict[str, str]:
+def _ratio_title(name: str) -> str:
+  return f"{name[:1].upper()}{name[1:].replace(' ', '-')} error"
+
+
+def glossary(
+  definitions: Definitions, domain: Domain = FUNDUS
+) -> dict[str, str]:
   """What the report's words mean, by the definitions that it follows."""
+  terms = dict(GLOSSARY)
+  behind = {k: terms.pop(k) for k in ("Intervals", "p", "Groups")}
+  for name, (part, whole) in domain.ratios.items():
+    terms[_ratio_title(name)] = (
+      f"Absolute error of the area ratio of {part} to {whole}. Left out where"
+      f" label or prediction has no {whole}."
+    )
+  classes = domain.reported_classes
+  for name in domain.reported:
+    made_of = [p for p in domain.parts if set(classes[p]) < set(classes[name])]
+    if name not in domain.parts:
+      made_of = sorted(made_of, key=lambda p: classes[p])
+      text = f"{', '.join(made_of[:-1])} and {made_of[-1]} together."
+      terms[name.title()] = text[:1].upper() + text[1:]
+  terms |= behind
   overlap, distance = EMPTY[definitions.empty]
   more = {
     "Dice, IoU": overlap,
@@ -169,8 +189,7 @@ def glossary(definitions: Definitions) -> dict[str, str]:
     "HD95": distance,
   }
   return {
-    k: f"{text} {more[k]}" if k in more else text
-    for k, text in GLOSSARY.items()
+    k: f"{text} {more[k]}" if k in more else text for k, text in terms.items()
   }
 
 
@@ -316,10 +335,10 @@ def _curves(title: str, curves: Mapping[str, tuple]) -> str:
     return svg(figure, f"{title} over training steps: {ends}")
 
 
-def _outline(mask: np.ndarray, css: str) -> str:
-  """Outlines of disc and cup of a mask `[H, W]` as one SVG path."""
+def _outline(mask: np.ndarray, css: str, domain: Domain) -> str:
+  """Outlines of the structures of a mask `[H, W]` as one SVG path."""
   data = []
-  for region in (mask > 0, mask == 2):
+  for region in domain.split(mask).values():
     field = np.pad(region, 1).astype(np.float32)
     for line in contourpy.contour_generator(z=field).lines(0.5):
       points = (f"{x - 0.5:.1f} {y - 0.5:.1f}" for x, y in line)
@@ -327,15 +346,17 @@ def _outline(mask: np.ndarray, css: str) -> str:
   return f'<path class="c {css}" d="{"".join(data)}"/>'
 
 
-def _picture(image: np.ndarray, alt: str, **masks: np.ndarray) -> str:
-  """A uint8 image `[H, W]` with the outlines of the masks over it."""
-  height, width = image.shape
+def _picture(
+  image: np.ndarray, alt: str, domain: Domain, **masks: np.ndarray
+) -> str:
+  """A uint8 image, grey or RGB, with the outlines of the masks over it."""
+  height, width = image.shape[:2]
   thumbnail = Image.fromarray(np.ascontiguousarray(image, np.uint8))
   thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
   buffer = io.BytesIO()
   thumbnail.save(buffer, "PNG", optimize=True)
   data = base64.b64encode(buffer.getvalue()).decode()
-  outlines = "".join(_outline(mask, css) for css, mask in masks.items())
+  outlines = "".join(_outline(mask, css, domain) for css, mask in masks.items())
   return (
     f'<svg class="case" role="img" aria-label="{escape(alt)}" '
     f'viewBox="0 0 {width} {height}"><image width="{width}" '
@@ -368,7 +389,10 @@ def _gain(key: str, row: Mapping[str, float | None]) -> int:
 
 
 def _verdict(
-  summaries: Mapping[str, dict], differences: Mapping, reason: str
+  summaries: Mapping[str, dict],
+  differences: Mapping,
+  reason: str,
+  headline: str,
 ) -> str:
   """Which of the first two models is the fairer, and by what."""
   if not summaries:
@@ -377,14 +401,14 @@ def _verdict(
       " fairness."
     )
   name, *others = summaries
-  figures = [_figures(summary, "cup") for summary in summaries.values()][:2]
+  figures = [_figures(summary, headline) for summary in summaries.values()][:2]
   es, gap, worst, dice = (
     " against ".join(_number(f[key]) for f in figures)
     for key in ("es", "gap", "worst", "overall")
   )
   verdict = "ES-Dice"
   if others:
-    rows = differences["cup"]["dice"]
+    rows = differences[headline]["dice"]
     gains = {_gain(key, rows[key]) for key in ("es", "gap")}
     word = {
       (True, False): "fairer than",
@@ -393,21 +417,23 @@ def _verdict(
       (False, False): "not shown to be fairer or less fair than",
     }[1 in gains, -1 in gains]
     verdict = f"{name} is {word} {others[0]}: ES-Dice"
-  few = summaries[name]["cup"]["dice"]["interval"]["few"]
+  few = summaries[name][headline]["dice"]["interval"]["few"]
   caution = (
     f" With fewer than {MIN_CASES} cases of {', '.join(few)}, do not rely on "
     "it."
   )
   return (
-    f"On the cup, {verdict} {es}, gap between groups {gap} points, worst "
-    f"group {worst}, all cases {dice}.{caution * bool(few)}"
+    f"On the {headline}, {verdict} {es}, gap between groups {gap} points, "
+    f"worst group {worst}, all cases {dice}.{caution * bool(few)}"
   )
 
 
-def _headline(summaries: Mapping[str, dict], differences: Mapping) -> str:
+def _headline(
+  summaries: Mapping[str, dict], differences: Mapping, domain: Domain
+) -> str:
   models = dict(list(summaries.items())[:2])
   blocks = {}
-  for cls in segmentation.CLASSES:
+  for cls in domain.reported:
     rows = blocks[cls.title()] = []
     for key, label in HEADLINE.items():
       row = [label]
@@ -431,13 +457,20 @@ def _headline(summaries: Mapping[str, dict], differences: Mapping) -> str:
   return html_table("Headline", head, blocks)
 
 
-def _measures(summaries: Mapping[str, dict], groups: Mapping, n: int) -> str:
+def _measures(
+  summaries: Mapping[str, dict], groups: Mapping, n: int, domain: Domain
+) -> str:
   blocks = {}
-  keys = [(cls, m) for m in NAMES for cls in segmentation.CLASSES]
-  for cls, measure in [*keys, ("cup_to_disc", "error")]:
+  titles = {
+    (cls, m): f"{cls.title()} {name}"
+    for m, name in NAMES.items()
+    for cls in domain.reported
+  }
+  for name in domain.ratios:
+    titles[segmentation.key(name), "error"] = _ratio_title(name)
+  for (cls, measure), title in titles.items():
     style = {"hd95": (1, 1), "error": (1, 3)}.get(measure, (100, 1))
-    title = f"{cls.title()} {NAMES.get(measure)}"
-    rows = blocks["Cup-to-disc error" if measure == "error" else title] = []
+    rows = blocks[escape(title)] = []
     for name, summary in summaries.items():
       figures = summary[cls][measure]
       ends = figures["interval"]["overall"]
@@ -457,8 +490,10 @@ def _measures(summaries: Mapping[str, dict], groups: Mapping, n: int) -> str:
   return html_table("All measures", head, blocks)
 
 
-def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
-  score = np.stack([columns["cup_dice"], columns["rim_dice"]])
+def _worst_cases(
+  columns: segmentation.Columns, cases: Mapping, domain: Domain
+) -> str:
+  score = np.stack([columns[f"{cls}_dice"] for cls in domain.parts])
   known = ~np.isnan(score)
   count = known.sum(0)
   total = np.where(known, score, 0).sum(0)
@@ -466,11 +501,15 @@ def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
   figures = []
   for i in np.argsort(mean, kind="stable")[:WORST]:
     name, group = columns["name"][i], columns["group"][i]
-    cup, rim = (_number(None if np.isnan(s) else s) for s in score[:, i])
-    text = f"{escape(name)}<br>{escape(group)}<br>cup {cup}, rim {rim}"
+    found = ", ".join(
+      f"{cls} {_number(None if np.isnan(s) else s)}"
+      for cls, s in zip(domain.parts, score[:, i], strict=True)
+    )
+    text = f"{escape(name)}<br>{escape(group)}<br>{escape(found)}"
     picture = _picture(
       cases["image"][i],
       f"Case {name}, {group}, with outlines of label and prediction",
+      domain,
       label=cases["label"][i],
       prediction=cases["prediction"][i],
     )
@@ -478,7 +517,7 @@ def _worst_cases(columns: segmentation.Columns, cases: Mapping) -> str:
   return f'<div class="cases">{"".join(figures)}</div>'
 
 
-def _strips(cases: Mapping | None, synthetic: Mapping) -> str:
+def _strips(cases: Mapping | None, synthetic: Mapping, domain: Domain) -> str:
   """Per group a row of real and a row of synthetic images."""
   sources = {
     "Synthetic": (synthetic["image"], synthetic["mask"], synthetic["group"])
@@ -493,7 +532,7 @@ def _strips(cases: Mapping | None, synthetic: Mapping) -> str:
     for source, (images, masks, of) in sources.items():
       chosen = np.flatnonzero(np.asarray(of, str) == group)[:STRIP]
       pictures = "".join(
-        _picture(images[i], f"{source} case, {group}", label=masks[i])
+        _picture(images[i], f"{source} case, {group}", domain, label=masks[i])
         for i in chosen
       )
       note = source if pictures else f"{source}: none"
@@ -626,6 +665,7 @@ def _tested(
   differences: Mapping[str, dict],
   columns: segmentation.Columns,
   cases: Mapping | None,
+  domain: Domain,
 ) -> str:
   """What the test cases say: headline, groups, worst cases."""
   groups, n = segmentation.groups(columns), len(columns["name"])
@@ -645,11 +685,11 @@ def _tested(
   )
   subject = escape(next(iter(summaries)))
   legend = '<i class="label"></i>label <i class="prediction"></i>prediction'
-  bars = [_bars(summaries, cls, groups) for cls in ("cup", "rim") if groups]
+  bars = [_bars(summaries, cls, groups) for cls in domain.parts if groups]
   sections = [
     section(
       "Headline",
-      _headline(summaries, differences),
+      _headline(summaries, differences, domain),
       f"In points, with 95% intervals, on {n} test cases ({escape(sizes)}). "
       f"{few} {rounding}",
     ),
@@ -661,7 +701,7 @@ def _tested(
     ),
     section(
       "All measures by group",
-      _measures(summaries, groups, n),
+      _measures(summaries, groups, n, domain),
       "Dice and IoU in points, with 95% intervals. A small n in a cell says "
       "how many cases the measure is defined for, where that is not all. "
       f"{few}",
@@ -669,8 +709,9 @@ def _tested(
     "prediction" in (cases or {})
     and section(
       "Worst cases",
-      _worst_cases(columns, cases),
-      f"The test cases with the lowest mean Dice of cup and rim, {subject}. "
+      _worst_cases(columns, cases, domain),
+      "The test cases with the lowest mean Dice of "
+      f"{escape(' and '.join(domain.parts))}, {subject}. "
       f"{legend}",
     ),
   ]
@@ -684,13 +725,14 @@ def _trained(
   agreement: Mapping | None,
   counts: Mapping | None,
   curves: Mapping[str, np.ndarray],
+  domain: Domain,
 ) -> str:
   """What it was trained on and how: synthetic cases, counts, curves."""
   sections = [
     synthetic is not None
     and section(
       "Real beside synthetic",
-      _strips(cases, synthetic),
+      _strips(cases, synthetic, domain),
       f"The first {STRIP} of each group, not selected, with the outlines of "
       "their masks. Real cases are test cases.",
     ),
@@ -737,6 +779,7 @@ def write(
   log: str | os.PathLike | None = None,
   facts: Mapping[str, object] | None = None,
   definitions: Definitions = DEFAULT,
+  domain: Domain = FUNDUS,
 ) -> dict:
   """Writes `index.html`, tables of cases and `summary.json` to `directory`.
 
@@ -762,6 +805,7 @@ def write(
     log: Path of a `metrics.jsonl`; a notice says if it cannot be read.
     facts: What else there is to say of the run, name -> value.
     definitions: What the columns were measured by, and how to scale by equity.
+    domain: What masks show, and what is reported.
 
   Returns:
     What `summary.json` holds.
@@ -779,12 +823,13 @@ def write(
   _check(models, cases)
   equity = definitions.equity
   summaries = {
-    name: segmentation.summary(c, equity) for name, c in models.items()
+    name: segmentation.summary(c, equity, domain) for name, c in models.items()
   }
   differences = {}
   if len(models) > 1:
-    differences = segmentation.difference(*list(models.values())[:2], equity)
-  verdict = _verdict(summaries, differences, reason)
+    pair = list(models.values())[:2]
+    differences = segmentation.difference(*pair, equity, domain)
+  verdict = _verdict(summaries, differences, reason, domain.headline)
   notices, curves = [*notices], {}
   if log is not None:
     try:
@@ -793,12 +838,13 @@ def write(
       notices.append(f"No curves of the training: {log} does not exist.")
     except (OSError, ValueError) as error:
       notices.append(f"No curves of the training: {error}.")
+  words = glossary(definitions, domain)
   parts = [
     *(f'<p class="notice">{escape(notice)}</p>' for notice in notices),
-    models and _tested(summaries, differences, columns, cases),
-    _trained(cases, synthetic, realism, agreement, counts, curves),
+    models and _tested(summaries, differences, columns, cases, domain),
+    _trained(cases, synthetic, realism, agreement, counts, curves, domain),
     facts and section("The run", _definitions(facts)),
-    models and section("Definitions", _definitions(glossary(definitions))),
+    models and section("Definitions", _definitions(words)),
   ]
   page = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -832,6 +878,7 @@ def write(
       "training_cases": counts or {},
       "facts": facts or {},
       "definitions": dataclasses.asdict(definitions),
+      "domain": domains.to_json(domain),
       "tables": tables,
       "sha256": {n: files.sha256(directory / n) for n in tables.values()},
     }

@@ -12,15 +12,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fairdiff_jax import files
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.fairness import metrics, uncertainty
 
-CLASSES = {"cup": metrics.CUP, "rim": metrics.RIM, "disc": metrics.DISC}
-STRUCTURES = {"disc": metrics.DISC, "cup": (metrics.CUP,)}  # as they nest
 MEASURES = {"dice": metrics.dice, "iou": metrics.iou, "hd95": metrics.hd95}
 LOWER_IS_BETTER = ("hd95", "error")
 UNKNOWN = "unknown"
 
 Columns = Mapping[str, np.ndarray]
+
+
+def key(name: str) -> str:
+  """A ratio's name as tables and summaries have it, 'cup_to_disc'."""
+  return name.replace(" ", "_")
+
+
+def scores(domain: Domain = FUNDUS) -> list[tuple[str, str]]:
+  """Every (reported name, measure), then (ratio's key, 'error')."""
+  found = [(cls, measure) for cls in domain.reported for measure in MEASURES]
+  return found + [(key(ratio), "error") for ratio in domain.ratios]
 
 
 def per_case(
@@ -30,21 +40,23 @@ def per_case(
   group: np.ndarray,
   group_names: Sequence[str],
   empty: str = "exclude",
+  domain: Domain = FUNDUS,
 ) -> dict[str, np.ndarray]:
   """Measures every case.
 
   Args:
-    labels: Masks `[n, H, W]`, 0 background, 1 rim, 2 cup.
+    labels: Masks `[n, H, W]`, classes of the domain.
     predictions: Masks `[n, H, W]`.
     names: Names of the cases, `n` of them.
     group: `[n]` index into `group_names`, -1 unknown.
     group_names: Names of the groups.
     empty: What an absent class counts, as for `metrics.dice`.
+    domain: What is reported.
 
   Returns:
     Columns `[n]`: `name`, `group` (the group's name or `UNKNOWN`),
-    `<class>_<measure>` for cup, rim, disc and dice, iou, hd95 (pixels), and
-    `cup_to_disc_error`. NaN where undefined.
+    `<class>_<measure>` for what is reported (cup, rim, disc) and dice, iou,
+    hd95 (pixels), and `<ratio>_error` (cup_to_disc). NaN where undefined.
 
   Raises:
     ValueError: Shapes or lengths differ, or a group has no name.
@@ -60,10 +72,14 @@ def per_case(
     "name": np.asarray(list(names), str),
     "group": np.asarray([*group_names, UNKNOWN], str)[group],
   }
-  for cls, values in CLASSES.items():
+  classes = domain.reported_classes
+  for cls, values in classes.items():
     for measure, function in MEASURES.items():
       columns[f"{cls}_{measure}"] = function(labels, predictions, values, empty)
-  columns["cup_to_disc_error"] = metrics.cup_to_disc_error(labels, predictions)
+  for ratio, (part, whole) in domain.ratios.items():
+    columns[f"{key(ratio)}_error"] = metrics.ratio_error(
+      labels, predictions, classes[part], classes[whole]
+    )
   return columns
 
 
@@ -116,13 +132,16 @@ def _indices(columns: Columns) -> tuple[np.ndarray, list[str]]:
 
 
 def summary(
-  columns: Columns, definition: str = "fairdiff_std"
+  columns: Columns,
+  definition: str = "fairdiff_std",
+  domain: Domain = FUNDUS,
 ) -> dict[str, dict[str, dict]]:
   """Figures of a segmenter by class, then measure.
 
   Args:
     columns: Columns as `per_case` returns them.
     definition: Of equity scaling, as for `metrics.equity_scaled`.
+    domain: What is reported.
 
   Returns:
     `{"cup": {"dice": figures, "iou": figures, "hd95": figures}, "rim": ...,
@@ -132,9 +151,8 @@ def summary(
     that JSON can hold it.
   """
   group, names = _indices(columns)
-  keys = [(cls, measure) for cls in CLASSES for measure in MEASURES]
   result: dict[str, dict[str, dict]] = {}
-  for cls, measure in [*keys, ("cup_to_disc", "error")]:
+  for cls, measure in scores(domain):
     arguments = (columns[f"{cls}_{measure}"], group, names)
     options = {
       "lower_is_better": measure in LOWER_IS_BETTER,
@@ -149,7 +167,10 @@ def summary(
 
 
 def difference(
-  columns: Columns, baseline: Columns, definition: str = "fairdiff_std"
+  columns: Columns,
+  baseline: Columns,
+  definition: str = "fairdiff_std",
+  domain: Domain = FUNDUS,
 ) -> dict[str, dict]:
   """What sets a segmenter's Dice apart from a baseline's on the same cases.
 
@@ -157,6 +178,7 @@ def difference(
     columns: Columns as `per_case` returns them.
     baseline: Those of the baseline, the same cases in the same order.
     definition: Of equity scaling, as for `metrics.equity_scaled`.
+    domain: What is reported.
 
   Returns:
     `{"cup": {"dice": differences}, "rim": ..., "disc": ...}` where
@@ -166,7 +188,7 @@ def difference(
   """
   group, names = _indices(columns)
   result = {}
-  for cls in CLASSES:
+  for cls in domain.reported:
     values = [c[f"{cls}_dice"] for c in (baseline, columns)]
     paired = uncertainty.compare(*values, group, names, definition=definition)
     old, new = (

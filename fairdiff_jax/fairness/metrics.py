@@ -253,19 +253,30 @@ def cup_to_disc_error(
   Raises:
     ValueError: Shapes differ or are not `[n, H, W]`, or unknown `kind`.
   """
+  return ratio_error(label, prediction, CUP, DISC, kind)
+
+
+def ratio_error(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  part: Class,
+  whole: Class,
+  kind: str = "area",
+) -> np.ndarray:
+  """Absolute error of the ratio of two classes; see `cup_to_disc_error`."""
   if kind == "area":
     size = np.count_nonzero
   elif kind == "vertical":
     size = _height
   else:
     raise ValueError(f"kind must be 'area' or 'vertical', got {kind!r}")
-  cups, discs = (
+  parts, wholes = (
     np.array(
       [[size(a), size(b)] for a, b in _cases(label, prediction, cls)], int
     ).reshape(-1, 2)
-    for cls in (CUP, DISC)
+    for cls in (part, whole)
   )
-  ratio_label, ratio_prediction = _ratio(cups, discs).T
+  ratio_label, ratio_prediction = _ratio(parts, wholes).T
   return np.abs(ratio_label - ratio_prediction)
 
 

@@ -6,7 +6,7 @@ in a space of its own: pixels, or an autoencoder's latents. omega is 1, or
 Min-SNR's weight.
 
 The mask enters as FairDiff's hint: an RGB image in [0, 1] with white
-background, red rim and blue cup.
+background, red rim and blue cup, and further colours for further classes.
 """
 
 import jax
@@ -31,7 +31,7 @@ from fairdiff_jax.objectives.task import Task
 SPACES = {"unet": pixel_space, "stable_diffusion": latent_space}
 
 
-def image_task(config, num_groups: int) -> Task:
+def image_task(config, num_groups: int, image_channels: int = 1) -> Task:
   """The image generator `psi`.
 
   Args:
@@ -40,13 +40,14 @@ def image_task(config, num_groups: int) -> Task:
       `prediction`, `min_snr`, and the sampler's `sample_steps`, `solver`,
       `spacing`, `eta` and `guidance`.
     num_groups: G.
+    image_channels: of images, C.
 
   Returns:
-    A task whose `risk` aux holds 'x0', () -> the denoised images [B, H, W, 1]
+    A task whose `risk` aux holds 'x0', () -> the denoised images [B, H, W, C]
     in [-1, 1], decoded when called, and 'signal' [B] = abar_t, the share of
     x_t's variance that is data. Its `sample` maps (variables, masks
-    [B, H, W], group [B], keys [B]) to images [B, H, W, 1] in [-1, 1]; with
-    `image` [B, H, W, 1] it takes the last `strength` of the sampling steps
+    [B, H, W], group [B], keys [B]) to images [B, H, W, C] in [-1, 1]; with
+    `image` [B, H, W, C] it takes the last `strength` of the sampling steps
     only, from these images.
 
   Raises:
@@ -64,7 +65,7 @@ def image_task(config, num_groups: int) -> Task:
       f" image.num_steps={config.num_steps}"
     )
   check_solver(config.solver)
-  space: Space = SPACES[config.network](config, num_groups)
+  space: Space = SPACES[config.network](config, num_groups, image_channels)
   schedule = make_schedule(
     config.schedule, config.num_steps, config.beta_start, config.beta_end
   )

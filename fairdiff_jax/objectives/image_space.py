@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from fairdiff_jax.objectives.task import Variables
 
-HINT_COLORS = ((1.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+# Of a mask's classes; the first three are the published ones.
+HINT_COLORS = (
+  *((1.0, 1.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0)),
+  *((0.0, 0.0, 0.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0)),
+  *((0.5, 0.0, 0.0), (0.0, 0.0, 0.5), (0.0, 0.5, 0.0), (0.5, 0.5, 0.5)),
+  *((0.5, 0.5, 0.0), (0.5, 0.0, 0.5), (0.0, 0.5, 0.5), (1.0, 0.5, 0.0)),
+)
 
 
 def hint_image(mask: jax.Array) -> jax.Array:
@@ -31,7 +37,7 @@ class Space(NamedTuple):
       for no condition.
     predict: (variables, x_t [B, ...], t [B], condition) -> the network's
       output [B, ...].
-    decode: (variables, x_0 [B, ...], prior) -> images [B, H, W, 1].
+    decode: (variables, x_0 [B, ...], prior) -> images [B, H, W, C].
     load: as `Task.load`.
   """
 

@@ -26,6 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.data import domain as domains
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.fairness.regularizers import (
   Evidence,
@@ -93,10 +94,11 @@ def make_objective(
 ) -> Objective:
   """Assembles the objective of a run's config, with some of its networks."""
   num_groups = len(group_names)
+  domain = domains.of(config.data.domain, config.data.source)
   makers = {
     "points": lambda: points_task(config.points, num_groups, axis_name),
-    "image": lambda: image_task(config.image, num_groups),
-    "segmenter": lambda: segmentation_task(config.segmenter, axis_name),
+    "image": lambda: image_task(config.image, num_groups, domain.channels),
+    "segmenter": lambda: segmentation_task(config.segmenter, axis_name, domain),
     "adversary": lambda: adversary_task(
       config.fairness.adversary_width,
       make_network(config.segmenter).num_features,
@@ -156,7 +158,7 @@ def joint_objective(
     frozen: by network.
     fairness: what is remembered of the groups.
     batch: 'generation' and 'segmentation' cases, each a dict of image
-      [B, H, W, 1], mask [B, H, W], group [B], weight [B] (and points
+      [B, H, W, C], mask [B, H, W], group [B], weight [B] (and points
       [B, N, 3] for generation, where latent [B, h, w, 2 C] may stand for
       image).
     key: the step's key.
@@ -184,7 +186,8 @@ def joint_objective(
       continue
     part = batch["generation"]
     losses, aux[name] = evaluate(name, part, params[name])
-    metrics[f"loss/{name}"] = weighted_mean(losses, part["weight"], axis_name)
+    weight = aux[name].get("weight", part["weight"])
+    metrics[f"loss/{name}"] = weighted_mean(losses, weight, axis_name)
     total += weights[name] * metrics[f"loss/{name}"]
 
   if "segmenter" in active:

@@ -149,7 +149,7 @@ def latent_size(config, size: tuple[int, int]) -> tuple[int, int]:
 def encode_image(
   autoencoder: AutoencoderKL, params, image: jax.Array
 ) -> jax.Array:
-  """Posterior [B, h, w, 2 C], means and log-variances, of [B, H, W, 1]."""
+  """Posterior [B, h, w, 2 C], means and log-variances, of images."""
   rgb = jnp.broadcast_to(image, (*image.shape[:3], 3))
   return jnp.concatenate(
     autoencoder.apply({"params": params}, rgb, method="encode"), axis=-1
@@ -181,7 +181,7 @@ def _read_prompts(directory, num_groups):
   return prompts
 
 
-def latent_space(config, num_groups: int) -> Space:
+def latent_space(config, num_groups: int, image_channels: int = 1) -> Space:
   """Stable Diffusion's U-Net with a ControlNet.
 
   Args:
@@ -191,6 +191,7 @@ def latent_space(config, num_groups: int) -> Space:
       it, with `prompts.safetensors` ('positive' [1 or G + 1, 77, D],
       'negative' [77, D]) in it.
     num_groups: G.
+    image_channels: of images; one is the mean of those that are decoded.
 
   Returns:
     A space whose frozen variables are {'autoencoder', 'prompts',
@@ -338,7 +339,8 @@ def latent_space(config, num_groups: int) -> Space:
         latent[None] / scale,
         method="decode",
       )
-      return jnp.mean(rgb[0], axis=-1, keepdims=True)
+      grey = jnp.mean(rgb[0], axis=-1, keepdims=True)
+      return grey if image_channels == 1 else rgb[0]
 
     return jax.lax.map(one, x_0, batch_size=DECODED_AT_ONCE)
 

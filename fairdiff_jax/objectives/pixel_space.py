@@ -3,13 +3,13 @@ r"""Diffusion of pixels, as the residual to class intensities of a case.
     x_0 = (y - mu(m, a)) / s[g],    y = log(image + 1 + DARK)
     mu(m, a) = sum_c a_c blur(1[m = c]),    a ~ N(A[g], S[g] S[g]^T)
 
-where a is a case's own mean of y in each class: measured in training, drawn
-for a new case. A[g] and S[g] S[g]^T are their mean and covariance in group g,
-and s[g] is the residual's scale. So what a few cases of a group can teach, its
-patients' brightness and contrast and how these vary, is taken from statistics;
-the network adds the rest, and sees mu. In logarithms, vessels, shadows and
-speckle have the same depth at any brightness. Without the prior x_0 = image:
-plain diffusion.
+where a is a case's own mean of y in each class and channel, I numbers: measured
+in training, drawn for a new case. A[g] and S[g] S[g]^T are their mean and
+covariance in group g, and s[g] is the residual's scale. So what a few cases of
+a group can teach, its patients' brightness and contrast and how these vary, is
+taken from statistics; the network adds the rest, and sees mu. In logarithms,
+vessels, shadows and speckle have the same depth at any brightness. Without the
+prior x_0 = image: plain diffusion.
 """
 
 from typing import NamedTuple
@@ -43,14 +43,15 @@ def blur(x: jax.Array) -> jax.Array:
 
 
 class Prior(NamedTuple):
-  """What of images is not diffused: mu [B, H, W, 1] and s [B, 1, 1, 1]."""
+  """What of images is not diffused: mu [B, H, W, C] and s [B, 1, 1, 1]."""
 
   mean: jax.Array
   scale: jax.Array
 
 
-def _no_prior(mask):
-  return Prior(jnp.zeros((*mask.shape, 1)), jnp.ones((len(mask), 1, 1, 1)))
+def _no_prior(mask, channels):
+  mean = jnp.zeros((*mask.shape, channels))
+  return Prior(mean, jnp.ones((len(mask), 1, 1, 1)))
 
 
 def log_brightness(image: jax.Array) -> jax.Array:
@@ -66,26 +67,27 @@ def to_image(y: jax.Array) -> jax.Array:
 def class_means(
   y: jax.Array, mask: jax.Array, otherwise: jax.Array
 ) -> jax.Array:
-  """Mean [B, C] over each class.
+  """Mean [B, I] over each class, in every channel.
 
   Args:
-    y: [B, H, W, 1].
+    y: [B, H, W, C].
     mask: [B, H, W].
-    otherwise: [B, C], for classes without a pixel.
+    otherwise: [B, I], for classes without a pixel.
   """
-  one_hot = jax.nn.one_hot(mask, otherwise.shape[-1])
-  count = one_hot.sum((1, 2))
-  total = jnp.einsum("bhwc,bhwk->bc", one_hot, y)
+  classes = otherwise.shape[-1] // y.shape[-1]
+  one_hot = jax.nn.one_hot(mask, classes)
+  count = jnp.repeat(one_hot.sum((1, 2)), y.shape[-1], axis=-1)
+  total = jnp.einsum("bhwc,bhwk->bck", one_hot, y).reshape(otherwise.shape)
   return jnp.where(count > 0, total / jnp.maximum(count, 1), otherwise)
 
 
 def draw_intensity(
   statistics: dict[str, jax.Array], group: jax.Array, keys: jax.Array
 ) -> jax.Array:
-  """Class intensities [B, C] of new cases, not beyond black and white.
+  """Class intensities [B, I] of new cases, not beyond black and white.
 
   Args:
-    statistics: 'intensity' A [G + 1, C] and 'spread' S [G + 1, C, C]; the last
+    statistics: 'intensity' A [G + 1, I] and 'spread' S [G + 1, I, I]; the last
       row serves unknown groups.
     group: [B], -1 for unknown.
     keys: one per example [B].
@@ -98,10 +100,13 @@ def draw_intensity(
   return jnp.clip(drawn, LOG_BLACK, LOG_WHITE)
 
 
-def prior_image(mask: jax.Array, intensity: jax.Array) -> jax.Array:
-  """mu [B, H, W, 1] of masks [B, H, W] with class intensities [B, C]."""
-  one_hot = blur(jax.nn.one_hot(mask, intensity.shape[-1]))
-  return jnp.einsum("bhwc,bc->bhw", one_hot, intensity)[..., None]
+def prior_image(
+  mask: jax.Array, intensity: jax.Array, channels: int = 1
+) -> jax.Array:
+  """mu [B, H, W, C] of masks [B, H, W] with class intensities [B, I]."""
+  intensity = intensity.reshape(len(intensity), -1, channels)
+  one_hot = blur(jax.nn.one_hot(mask, intensity.shape[1]))
+  return jnp.einsum("bhwc,bck->bhwk", one_hot, intensity)
 
 
 def _of_group(rows: jax.Array, group: jax.Array) -> jax.Array:
@@ -109,17 +114,18 @@ def _of_group(rows: jax.Array, group: jax.Array) -> jax.Array:
   return rows[jnp.where(group < 0, len(rows) - 1, group)]
 
 
-def pixel_space(config, num_groups: int) -> Space:
+def pixel_space(config, num_groups: int, image_channels: int = 1) -> Space:
   """A U-Net, with a ControlNet or with the hint as input channels.
 
   Args:
     config: network sizes, `conditioning` ('controlnet' or 'concat') and
       `intensity_prior`.
     num_groups: G.
+    image_channels: of images.
 
   Returns:
-    A space whose frozen variables are {'intensity' [G + 1, C], 'spread'
-    [G + 1, C, C], 'scale' [G + 1]}.
+    A space whose frozen variables are {'intensity' [G + 1, I], 'spread'
+    [G + 1, I, I], 'scale' [G + 1]}.
 
   Raises:
     ValueError: if `conditioning` is unknown.
@@ -138,13 +144,13 @@ def pixel_space(config, num_groups: int) -> Space:
     num_groups=num_groups,
     patch=config.patch,
   )
-  unet = UNet(**sizes)
+  unet = UNet(**sizes, out_channels=image_channels)
   controlnet = ControlNet(**sizes, hint_channels=tuple(config.hint_channels))
 
   def init(key):
     size = config.patch * 2 ** (len(config.channels) - 1)
-    x = jnp.zeros((1, size, size, 1))
-    hint = jnp.zeros((1, size, size, 4))
+    x = jnp.zeros((1, size, size, image_channels))
+    hint = jnp.zeros((1, size, size, 3 + image_channels))
     t = group = jnp.zeros(1, jnp.int32)
     unet_key, control_key = jax.random.split(key)
     if not controlled:
@@ -158,13 +164,15 @@ def pixel_space(config, num_groups: int) -> Space:
 
   def prior_of(variables, mask, group, intensity):
     scale = _of_group(variables.frozen["scale"], group)
-    return Prior(prior_image(mask, intensity), scale[:, None, None, None])
+    return Prior(
+      prior_image(mask, intensity, image_channels), scale[:, None, None, None]
+    )
 
   def encode(variables, batch, keys):
     del keys
     image, mask, group = (batch[k] for k in ("image", "mask", "group"))
     if not config.intensity_prior:
-      return image, _no_prior(mask)
+      return image, _no_prior(mask, image_channels)
     y = log_brightness(image)
     average = _of_group(variables.frozen["intensity"], group)
     prior = prior_of(variables, mask, group, class_means(y, mask, average))
@@ -172,7 +180,7 @@ def pixel_space(config, num_groups: int) -> Space:
 
   def draw(variables, mask, group, keys):
     if not config.intensity_prior:
-      return _no_prior(mask)
+      return _no_prior(mask, image_channels)
     intensity = draw_intensity(variables.frozen, group, keys)
     return prior_of(variables, mask, group, intensity)
 
@@ -198,5 +206,11 @@ def pixel_space(config, num_groups: int) -> Space:
     return to_image(jnp.minimum(y, LOG_WHITE)) if config.intensity_prior else y
 
   return Space(
-    init, lambda size: (*size, 1), encode, draw, condition, predict, decode
+    init,
+    lambda size: (*size, image_channels),
+    encode,
+    draw,
+    condition,
+    predict,
+    decode,
   )

@@ -4,7 +4,8 @@ r"""Risk of the mask generator: a flow VAE over point clouds.
 
 (Luo & Hu 2021, eq. 12), with the noisy cloud x_t at a uniform step t, z drawn
 from the posterior and p(z|g) a normalising flow. Clouds enter in pixels and
-are normalised by the training set's mean and one common standard deviation.
+are normalised by the training set's mean and one common standard deviation. A
+cloud of zeros stands for none: such a case has weight 0 here.
 """
 
 import jax
@@ -62,12 +63,14 @@ def points_task(config, num_groups: int, axis_name: str | None = None) -> Task:
     return Variables(variables["params"], variables["batch_stats"], {})
 
   def risk(variables, batch, keys, train):
+    drawn = jnp.any(batch["points"] != 0, axis=(1, 2))
     x_0 = batch["points"] - variables.frozen["mean"]
     x_0 /= variables.frozen["std"]
+    weight = batch["weight"] * drawn
     (mean, logvar), updates = apply(
       variables,
       x_0,
-      batch["weight"],
+      weight,
       train,
       method="encode",
       mutable=["batch_stats"],
@@ -87,7 +90,7 @@ def points_task(config, num_groups: int, axis_name: str | None = None) -> Task:
     )
     reconstruction = jnp.mean((eps - eps_hat) ** 2, axis=(1, 2))
     kl = -posterior_entropy(logvar) - log_prior(w, logdet)
-    aux = {"batch_stats": updates["batch_stats"]}
+    aux = {"batch_stats": updates["batch_stats"], "weight": weight}
     return reconstruction + config.kl_weight * kl, aux
 
   def sample(variables, group, keys):

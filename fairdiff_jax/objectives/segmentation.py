@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.fairness.regularizers import DiceTerms
 from fairdiff_jax.models import samed
 from fairdiff_jax.models.small_unet import SmallUNet
@@ -24,15 +25,13 @@ from fairdiff_jax.models.transunet import PATCH, TransUNet
 from fairdiff_jax.objectives.task import Task, Variables
 from fairdiff_jax.pretrained import fairdiff, graft, segment_anything, vit
 
-NUM_CLASSES = 3  # background, rim, cup
-
 
 class Network(NamedTuple):
   """A segmentation network.
 
   Attributes:
     init: as `Task.init`.
-    apply: (variables, images [B, H, W, 1] in [-1, 1], weight [B], keys [B],
+    apply: (variables, images [B, H, W, C] in [-1, 1], weight [B], keys [B],
       train) -> logits [B, h, w, C], features [B, F], batch statistics.
     num_features: F.
     load: as `Task.load`.
@@ -58,16 +57,16 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
   return -jnp.mean(jnp.sum(y * log_p, axis=-1), axis=(1, 2))
 
 
-def _small_unet(config, axis_name) -> Network:
+def _small_unet(config, axis_name, domain) -> Network:
   """`config`: 'channels', 'patch'."""
   del axis_name
   module = SmallUNet(
-    tuple(config.channels), num_classes=NUM_CLASSES, patch=config.patch
+    tuple(config.channels), num_classes=domain.num_classes, patch=config.patch
   )
   size = config.patch * 2 ** (len(config.channels) - 1)
 
   def init(key):
-    image = jnp.zeros((1, size, size, 1))
+    image = jnp.zeros((1, size, size, domain.channels))
     return Variables(module.init(key, image)["params"], {}, {})
 
   def apply(variables, image, weight, keys, train):
@@ -87,11 +86,13 @@ def _small_unet(config, axis_name) -> Network:
   return Network(init, apply, config.channels[-1])
 
 
-def _samed(config, axis_name) -> Network:
+def _samed(config, axis_name, domain) -> Network:
   """`config`: 'image_size', 'weights', 'samed' (sizes)."""
   del axis_name
   module = samed.SAMed(
-    num_classes=NUM_CLASSES - 1, image_size=config.image_size, **config.samed
+    num_classes=domain.num_classes - 1,
+    image_size=config.image_size,
+    **config.samed,
   )
 
   def assemble(variables):
@@ -100,7 +101,7 @@ def _samed(config, axis_name) -> Network:
     return Variables(learnt, {}, frozen)
 
   def init(key):
-    return assemble(module.init(key, _image(config)))
+    return assemble(module.init(key, _image(config, domain)))
 
   def apply(variables, image, weight, keys, train):
     del weight, keys, train
@@ -116,7 +117,7 @@ def _samed(config, axis_name) -> Network:
     found, variables = segment_anything.load(
       config.weights,
       image_size=config.image_size,
-      num_classes=NUM_CLASSES - 1,
+      num_classes=domain.num_classes - 1,
       rank=module.rank,
     )
     size = vit.describe(found.embed_dim, found.depth)
@@ -130,14 +131,14 @@ def _samed(config, axis_name) -> Network:
   return Network(init, apply, module.decoder_dim, load)
 
 
-def _transunet(config, axis_name) -> Network:
+def _transunet(config, axis_name, domain) -> Network:
   """`config`: 'image_size', 'weights', 'transunet' (sizes)."""
   module = TransUNet(
-    num_classes=NUM_CLASSES, axis_name=axis_name, **config.transunet
+    num_classes=domain.num_classes, axis_name=axis_name, **config.transunet
   )
 
   def init(key):
-    variables = module.init(key, _image(config))
+    variables = module.init(key, _image(config, domain))
     return Variables(variables["params"], variables["batch_stats"], {})
 
   def apply(variables, image, weight, keys, train):
@@ -157,7 +158,7 @@ def _transunet(config, axis_name) -> Network:
       found, variables = vit.load(
         config.weights,
         image_size=config.image_size,
-        num_classes=NUM_CLASSES,
+        num_classes=domain.num_classes,
         decoder_channels=module.decoder_channels,
       )
     else:
@@ -188,8 +189,9 @@ _NETWORKS = {
 }
 
 
-def _image(config):
-  return jnp.zeros((1, config.image_size, config.image_size, 1))
+def _image(config, domain):
+  side = config.image_size
+  return jnp.zeros((1, side, side, domain.channels))
 
 
 def _check_size(image, config):
@@ -223,7 +225,9 @@ def _require_sizes(config, size, found, module, fields):
   )
 
 
-def make_network(config, axis_name: str | None = None) -> Network:
+def make_network(
+  config, axis_name: str | None = None, domain: Domain = FUNDUS
+) -> Network:
   """The network that `config.network` names.
 
   Raises:
@@ -235,7 +239,7 @@ def make_network(config, axis_name: str | None = None) -> Network:
       f"unknown segmenter.network {config.network!r}; use one of"
       f" {', '.join(_NETWORKS)}"
     )
-  network = _NETWORKS[config.network](config, axis_name)
+  network = _NETWORKS[config.network](config, axis_name, domain)
   if not config.weights or network.load is None:
     return network._replace(load=None)
 
@@ -255,20 +259,23 @@ def make_network(config, axis_name: str | None = None) -> Network:
   return network._replace(load=load)
 
 
-def segmentation_task(config, axis_name: str | None = None) -> Task:
+def segmentation_task(
+  config, axis_name: str | None = None, domain: Domain = FUNDUS
+) -> Task:
   """The segmenter `theta`.
 
   Args:
     config: `network` and what it takes, `weights` to start from,
       `cross_entropy_weight`, `dice_weight`.
     axis_name: mapped axis that batch normalisation spans under `pmap`.
+    domain: its classes and channels.
 
   Returns:
-    A task whose `risk` aux holds 'dice' terms [B, 3] and pooled 'features'
-    [B, F], and whose `sample` maps (variables, images [B, H, W, 1]) to labels
+    A task whose `risk` aux holds 'dice' terms [B, classes], pooled 'features'
+    [B, F], and whose `sample` maps (variables, images [B, H, W, C]) to labels
     int32 [B, H, W].
   """
-  network = make_network(config, axis_name)
+  network = make_network(config, axis_name, domain)
 
   def risk(variables, batch, keys, train):
     logits, features, batch_stats = network.apply(
@@ -284,7 +291,7 @@ def segmentation_task(config, axis_name: str | None = None) -> Task:
 
   def sample(variables, image):
     logits, *_ = network.apply(variables, image, None, None, False)
-    shape = (*image.shape[:3], NUM_CLASSES)
+    shape = (*image.shape[:3], domain.num_classes)
     logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear")
     return jnp.argmax(logits, axis=-1)
 

@@ -29,7 +29,8 @@ class Task(NamedTuple):
     init: key -> Variables drawn at random; `frozen` holds no statistics yet,
       only stand-ins of the weights that must be imported.
     risk: (variables, batch, keys [B], train) -> (losses [B], aux); `aux` is a
-      dict that holds 'batch_stats' and what other terms need.
+      dict that holds 'batch_stats', 'weight' [B] where it is not the batch's,
+      and what other terms need.
     sample: draws from the network; its signature is the network's own.
     load: () -> Variables to start from, as numpy arrays, in place of those of
       `init`; None where the config names no weights.

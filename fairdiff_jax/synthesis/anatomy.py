@@ -24,7 +24,7 @@ class Anatomy(NamedTuple):
   """Real cases that synthetic ones may start from.
 
   Attributes:
-    image: uint8 [n, H, W].
+    image: uint8 [n, H, W], or RGB [n, H, W, 3].
     mask: uint8 [n, H, W].
     group: int [n], -1 for unknown.
   """
@@ -66,9 +66,9 @@ class Anatomy(NamedTuple):
       mask: uint8 [m, H, W].
 
     Returns:
-      uint8 [m, H, W].
+      uint8 [m, H, W], or RGB [m, H, W, 3].
     """
-    images = np.empty_like(mask)
+    images = np.empty((len(mask), *self.image.shape[1:]), np.uint8)
     for row, rng in enumerate(_generators(seed, number, 1)):
       own = np.flatnonzero(self.group == group[row])
       case = rng.choice(own if len(own) else len(self.group))
@@ -110,12 +110,12 @@ def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
   class, from a shift and a scale that match the foregrounds.
 
   Args:
-    image: uint8 [H, W].
+    image: uint8 [H, W], or RGB [H, W, 3].
     mask: uint8 [H, W], its classes; 0 is background.
     target: uint8 [H, W], those it shall have.
 
   Returns:
-    uint8 [H, W]; the image itself where a mask has no foreground.
+    uint8, of the image's shape; itself where a mask has no foreground.
   """
   if not (mask.any() and target.any()):
     return image

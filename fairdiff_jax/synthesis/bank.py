@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fairdiff_jax import files
+from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
@@ -63,6 +64,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
   generate = make_generator(run, anatomy)
   names = run.objective.group_names
   shape = tuple(run.config.data.size)
+  domain = domains.of(run.config.data.domain, run.config.data.source)
   first_host = jax.process_index() == 0
 
   def refill(
@@ -98,7 +100,9 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
           path = folder / f"{rows.start // size:05d}.npz"
           files.write(path, files.npz_bytes(cases._asdict()))
       if first_host:
-        cases = join([_read(path) for path in _finished(folder)], shape)
+        cases = join(
+          [_read(path) for path in _finished(folder)], shape, domain.channels
+        )
         facts = {
           "synthetic": True,
           "step": step,
@@ -121,7 +125,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
           )
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"bank {step}")
-    return read_bank(directory, shape, len(names))
+    return read_bank(directory, shape, len(names), domain)
 
   return refill
 

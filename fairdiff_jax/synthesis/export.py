@@ -1,8 +1,10 @@
-"""Labelled synthetic patients as files of Harvard-FairSeg's current release.
+"""Labelled synthetic patients: npz files, or images with a table.
 
-The directory can be prepared and trained on like any other. Every file says
-that it is synthetic and how many clouds were drawn for it, and the manifest
-says what it was made from, and its SHA-256. A chunk of `bank.batch_size` cases
+Of npz files' patients they are files of Harvard-FairSeg's current release; of a
+table's they are PNG files, with `cases.csv` and `domain.json`. The directory
+can be prepared and trained on like any other. Every npz file says that it is
+synthetic and how many clouds were drawn for it, as does the manifest, and what
+each was made from, and its SHA-256. A chunk of `bank.batch_size` cases
 is made whole, so that an export that was stopped goes on to the very same files
 (on devices of the same kind and number). What is there is kept if it is what
 was written, and else named: nothing is overwritten.
@@ -11,7 +13,7 @@ was written, and else named: nothing is overwritten.
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,16 @@ from tqdm import tqdm
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.data import npz
-from fairdiff_jax.data.attributes import attributes_of, group_code
+from fairdiff_jax.data import domain as domains
+from fairdiff_jax.data import npz, table
+from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data.domain import FUNDUS, Domain
+from fairdiff_jax.data.groups import (
+  Vocabulary,
+  attributes_of,
+  group_code,
+  vocabulary_of,
+)
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import fingerprint, restore_inference
 from fairdiff_jax.training.setup import setup
@@ -33,7 +43,12 @@ REQUEST, MANIFEST = "request.json", "manifest.jsonl"
 AGAIN = "move it away, and the same command makes it anew"
 SHOWN = 8  # cases of a group on the contact sheet
 TILE = 160  # least side of a case there, in pixels
-DISC, CUP = (0, 159, 230), (233, 180, 86)  # colours, BGR
+# Of structures' outlines, BGR.
+COLOURS = (
+  *((0, 159, 230), (233, 180, 86), (115, 158, 0), (167, 121, 204)),
+  *((178, 114, 0), (66, 228, 240), (0, 94, 213)),
+)
+TABLE, IMAGES, LABELS = "cases.csv", "images", "masks"
 
 
 def export(
@@ -42,8 +57,10 @@ def export(
   """Writes synthetic cases from a run's newest checkpoint.
 
   `data_00001.npz` and on, groups in the order of their codes, then
-  `data_summary.csv`, `manifest.jsonl` and `contact_sheet.png`. The same call
-  goes on where it was stopped.
+  `data_summary.csv` (of a table's patients `images/data_00001.png`,
+  `masks/data_00001.png` and on, `domain.json`, then `cases.csv`),
+  `manifest.jsonl` and `contact_sheet.png`. The same call goes on where it was
+  stopped.
 
   Args:
     workdir: the run's directory.
@@ -60,7 +77,8 @@ def export(
   out = Path(out)
   config = configs.load(workdir)
   attribute = config.data.attribute
-  wanted = parse_counts(counts, attribute, config.data.pooled)
+  words = vocabulary_of(config.data)
+  wanted = parse_counts(counts, attribute, config.data.pooled, words)
   run = setup(config)
   if not {"points", "image"} <= run.objective.tasks.keys():
     raise ValueError(
@@ -82,9 +100,15 @@ def export(
   group = np.repeat(
     np.array(list(wanted), np.int32), np.array(list(wanted.values()))
   )
-  paths = [out / f"data_{i:05d}.npz" for i in range(1, len(group) + 1)]
+  domain = domains.of(config.data.domain, config.data.source)
+  as_table = config.data.source.lower().endswith(".csv")
+  suffix = "png" if as_table else "npz"
+  folder = out / IMAGES if as_table else out
+  paths = [folder / f"data_{i:05d}.{suffix}" for i in range(1, len(group) + 1)]
   size = config.bank.batch_size
   lines = _read_manifest(out, paths)
+  if as_table:
+    lines = {k: v for k, v in lines.items() if (out / LABELS / k).exists()}
   missing = [
     chunk
     for chunk in (slice(i, i + size) for i in range(0, len(group), size))
@@ -94,8 +118,9 @@ def export(
     multihost_utils.sync_global_devices("export")
   first_host = jax.process_index() == 0
   if first_host:
-    out.mkdir(parents=True, exist_ok=True)
-    files.sweep(out)
+    for directory in (out, *((folder, out / LABELS) if as_table else ())):
+      directory.mkdir(parents=True, exist_ok=True)
+      files.sweep(directory)
     if not (out / REQUEST).exists():
       files.write(out / REQUEST, json.dumps(request, indent=2) + "\n")
   sampler = {
@@ -120,11 +145,18 @@ def export(
         path, name = paths[i], names[group[i]]
         if path.name in lines:
           continue
-        codes = attributes_of(attribute, name, config.data.pooled)
-        with _made_beside(path) as made:
-          npz.write_case(
-            made, image, mask, codes, synthetic=1, attempts=attempts
-          )
+        if as_table:
+          label = out / LABELS / path.name
+          for place, pixels in ((label, domain.label(mask)), (path, image)):
+            with _made_beside(place) as made:
+              table.write_png(made, pixels)
+        else:
+          codes = attributes_of(attribute, name, config.data.pooled, words)
+          codes = {k: v for k, v in codes.items() if k in ATTRIBUTES}
+          with _made_beside(path) as made:
+            npz.write_case(
+              made, image, mask, codes, synthetic=1, attempts=attempts
+            )
         lines[path.name] = {
           "file": path.name,
           "sha256": files.sha256(path),
@@ -137,30 +169,52 @@ def export(
       text = "".join(json.dumps(line) + "\n" for line in known)
       files.write(out / MANIFEST, text)
   if first_host:
-    rows = [
-      {
-        "filename": path.name,
-        **attributes_of(attribute, names[code], config.data.pooled),
-        "use": "training",
-        "synthetic": 1,
-      }
-      for path, code in zip(paths, group, strict=True)
+    told = [
+      attributes_of(attribute, names[code], config.data.pooled, words)
+      for code in group
     ]
-    with _made_beside(out / npz.SUMMARY) as made:
-      npz.write_summary(made.parent, rows)
+    if as_table:
+      files.write(
+        out / domains.FILE, json.dumps(domains.to_json(domain), indent=2) + "\n"
+      )
+      with _made_beside(out / TABLE) as made:
+        _write_table(made, paths, told, words)
+    else:
+      rows = [
+        {
+          "filename": path.name,
+          **{k: v for k, v in codes.items() if k in ATTRIBUTES},
+          "use": "training",
+          "synthetic": 1,
+        }
+        for path, codes in zip(paths, told, strict=True)
+      ]
+      with _made_beside(out / npz.SUMMARY) as made:
+        npz.write_summary(made.parent, rows)
     sheet = out / "contact_sheet.png"
     if not sheet.exists():
+
+      def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        if not as_table:
+          return npz.read_case(path)[:2]
+        masks = (out / LABELS / path.name,)
+        row = table.Row(path.stem, path, masks, "train", {})
+        return table.read_case(row, domain)[:2]
+
       groups = {
         f"{names[code]}, seed {seed}, step {step}": [
-          npz.read_case(paths[i])[:2] for i in number[group == code][:SHOWN]
+          read(paths[i]) for i in number[group == code][:SHOWN]
         ]
         for code in wanted
       }
-      files.write(sheet, _contact_sheet(groups))
+      files.write(sheet, _contact_sheet(groups, domain))
 
 
 def parse_counts(
-  counts: Sequence[str], attribute: str, pooled: Sequence[str] = ()
+  counts: Sequence[str],
+  attribute: str,
+  pooled: Sequence[str] = (),
+  vocabulary: Vocabulary = ATTRIBUTES,
 ) -> dict[int, int]:
   """Reads ['Asian=64', ...] as {code: cases}, in the order of codes.
 
@@ -179,7 +233,7 @@ def parse_counts(
       raise ValueError(
         f"counts hold {text!r}, which is not GROUP=CASES, such as Asian=64"
       ) from None
-    code = group_code(attribute, name, pooled)
+    code = group_code(attribute, name, pooled, vocabulary)
     if code in wanted:
       raise ValueError(f"counts name {name} twice; add the two up")
     if count < 1:
@@ -216,7 +270,7 @@ def _check_directory(out: Path, request: dict[str, Any]) -> None:
 
 
 def _read_manifest(
-  out: Path, paths: Iterable[Path]
+  out: Path, paths: Sequence[Path]
 ) -> dict[str, dict[str, Any]]:
   """Lines of the manifest, by name, of the files that are there as written.
 
@@ -227,10 +281,11 @@ def _read_manifest(
   stored = files.read_json_lines(manifest) if manifest.exists() else []
   by_name = {line.get("file"): line for line in stored if "sha256" in line}
   lines = {path.name: by_name.get(path.name) for path in paths if path.exists()}
+  places = {path.name: path for path in paths}
   for name, line in lines.items():
-    if line and files.sha256(out / name) != line["sha256"]:
+    if line and files.sha256(places[name]) != line["sha256"]:
       raise ValueError(
-        f"{out / name} is not the file that was written there: its SHA-256 is"
+        f"{places[name]} is not the file that was written there: its SHA-256 is"
         f" not that of {manifest}; {AGAIN}"
       )
   return {name: line for name, line in lines.items() if line}
@@ -254,14 +309,38 @@ def _made_beside(path: Path) -> Iterator[Path]:
       raise ValueError(f"{path} is not what this request makes here; {AGAIN}")
 
 
+def _write_table(path, images, told, words):
+  """Writes `cases.csv`; what is not known of a group is an empty cell.
+
+  The bands of 'age:50,65' are words, in a column 'age band'.
+  """
+  names = [
+    f"{part.partition(':')[0]} band" if ":" in part else part for part in words
+  ]
+  rows = [
+    [
+      f"{IMAGES}/{image.name}",
+      f"{LABELS}/{image.name}",
+      "training",
+      *(words[p][codes[p]] if p in codes else "" for p in words),
+      1,
+    ]
+    for image, codes in zip(images, told, strict=True)
+  ]
+  columns = ["image", "mask", "split", *names, "synthetic"]
+  files.write_csv(path, columns, rows)
+
+
 def _contact_sheet(
   groups: dict[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+  domain: Domain = FUNDUS,
 ) -> bytes:
   """Draws (image, mask) pairs by title as PNG, plain over with contours."""
   sheet = []
   for title, cases in groups.items():
     columns = [
-      np.concatenate(_enlarge(image, mask), axis=0) for image, mask in cases
+      np.concatenate(_enlarge(image, mask, domain), axis=0)
+      for image, mask in cases
     ]
     blank = np.full_like(columns[0], 255)
     columns += [blank] * (SHOWN - len(columns))
@@ -282,17 +361,20 @@ def _contact_sheet(
 
 
 def _enlarge(
-  image: np.ndarray, mask: np.ndarray
+  image: np.ndarray, mask: np.ndarray, domain: Domain
 ) -> tuple[np.ndarray, np.ndarray]:
   """A case at the sheet's size, BGR: plain, and with its contours."""
-  scale = max(1, -(-TILE // max(image.shape)))
+  scale = max(1, -(-TILE // max(image.shape[:2])))
   size = (scale * image.shape[1], scale * image.shape[0])
   plain = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
-  plain = cv2.copyMakeBorder(plain, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=255)
-  plain = cv2.cvtColor(plain, cv2.COLOR_GRAY2BGR)
+  white = (255, 255, 255)
+  plain = cv2.copyMakeBorder(plain, *(2,) * 4, cv2.BORDER_CONSTANT, value=white)
+  colours = cv2.COLOR_GRAY2BGR if plain.ndim == 2 else cv2.COLOR_RGB2BGR
+  plain = cv2.cvtColor(plain, colours)
   drawn = plain.copy()
-  for least, colour in ((1, DISC), (2, CUP)):
-    region = cv2.resize((mask >= least).astype(np.float32), size) > 0.5
+  for i, region in enumerate(domain.split(mask).values()):
+    colour = COLOURS[i % len(COLOURS)]
+    region = cv2.resize(region.astype(np.float32), size) > 0.5
     contours, _ = cv2.findContours(
       region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
     )

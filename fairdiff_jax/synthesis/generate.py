@@ -13,8 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
+from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.training.checkpoint import INFERENCE, network
@@ -27,8 +29,8 @@ class Generated(NamedTuple):
   """Synthetic cases.
 
   Attributes:
-    image: uint8 [n, H, W].
-    mask: uint8 [n, H, W], 0 background, 1 rim, 2 cup.
+    image: uint8 [n, H, W], or RGB [n, H, W, 3].
+    mask: uint8 [n, H, W], classes.
     attempts: int [n], clouds drawn until the mask was sound.
     fault: str [n], what is wrong with a mask that never was; '' for the others.
       Such a case is of no use.
@@ -65,10 +67,13 @@ class Generated(NamedTuple):
     return self
 
 
-def join(chunks: Sequence[Generated], size: tuple[int, int]) -> Generated:
+def join(
+  chunks: Sequence[Generated], size: tuple[int, int], channels: int = 1
+) -> Generated:
   """The cases of all chunks, whose images have a size (H, W)."""
-  image = np.empty((0, *size), np.uint8)
-  none = Generated(image, image, np.empty(0, int), np.empty(0, "U1"))
+  mask = np.empty((0, *size), np.uint8)
+  image = mask if channels == 1 else np.empty((0, *size, channels), np.uint8)
+  none = Generated(image, mask, np.empty(0, int), np.empty(0, "U1"))
   return Generated(*map(np.concatenate, zip(none, *chunks, strict=True)))
 
 
@@ -104,10 +109,13 @@ def make_generator(
   """
   config = run.config.bank
   shape = tuple(run.config.data.size)
+  domain = domains.of(run.config.data.domain, run.config.data.source)
   size = -(-config.batch_size // run.mesh.size) * run.mesh.size
   strength = config.strength if anatomy else 1.0
   draws = not anatomy or "points" in makers(run.config)
-  draw_points, draw_images = _compile(run, size, masks=draws, strength=strength)
+  draw_points, draw_images = _compile(
+    run, size, domain.channels, masks=draws, strength=strength
+  )
 
   def call(function, variables, key, *arrays):
     key = np.asarray(jax.random.key_data(key))
@@ -135,10 +143,12 @@ def make_generator(
       )
       for i, cloud in zip(pending, clouds, strict=True):
         if config.harmonics:
-          cloud = smooth_contours(cloud, config.harmonics)
-        masks[i] = points_to_mask(cloud, shape)
+          cloud = smooth_contours(cloud, config.harmonics, domain.parents)
+        masks[i] = points_to_mask(cloud, shape, domain.parents)
         attempts[i] += 1
-        fault = mask_fault(masks[i], min_solidity=config.min_solidity)
+        fault = mask_fault(
+          masks[i], min_solidity=config.min_solidity, domain=domain
+        )
         faults[i] = fault or ""
       pending = np.array([i for i in pending if faults[i]], int)
     return masks, attempts, np.array(faults, str)
@@ -159,7 +169,9 @@ def make_generator(
       group,
       *warped,
     )
-    images = np.round((images[..., 0] + 1) * 127.5).astype(np.uint8)
+    if domain.channels == 1:
+      images = images[..., 0]
+    images = np.round((images + 1) * 127.5).astype(np.uint8)
     return Generated(images, masks, *rest)
 
   def generate(inference, seed, number, group, title="cases"):
@@ -168,6 +180,7 @@ def make_generator(
     return join(
       [generate_batch(inference, seed, number[i], group[i]) for i in rows],
       shape,
+      domain.channels,
     )
 
   return generate
@@ -179,7 +192,9 @@ def _key(seed: int | Sequence[int]) -> jax.Array:
   return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _compile(run: Setup, size: int, *, masks: bool, strength: float):
+def _compile(
+  run: Setup, size: int, channels: int, *, masks: bool, strength: float
+):
   """The two generators, of masks if asked for, for batches of `size`."""
   replicated = NamedSharding(run.mesh, PartitionSpec())
   rows = NamedSharding(run.mesh, BATCH)
@@ -193,7 +208,7 @@ def _compile(run: Setup, size: int, *, masks: bool, strength: float):
 
   def draw_images(variables, key, number, mask, group, *warped):
     keys = example_keys(jax.random.wrap_key_data(key), number)
-    start = (warped[0][..., None] / 127.5 - 1, strength) if warped else ()
+    start = (normalize(warped[0]), strength) if warped else ()
     return run.objective.tasks["image"].sample(
       variables, mask, group, keys, *start
     )
@@ -207,9 +222,11 @@ def _compile(run: Setup, size: int, *, masks: bool, strength: float):
     with jax.set_mesh(run.mesh):  # kernels ask for it
       return jitted.lower(network(inference, name), key, *integers).compile()
 
-  image = tuple(run.config.data.size)
+  mask = image = tuple(run.config.data.size)
+  if channels > 1:
+    image = (*image, channels)
   warped = (image,) if strength < 1 else ()
   return (
     compiled(draw_points, "points", (), ()) if masks else None,
-    compiled(draw_images, "image", (), image, (), *warped),
+    compiled(draw_images, "image", (), mask, (), *warped),
   )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairdiff_jax import files
+from fairdiff_jax.data.domain import FUNDUS, Domain
 
 CASES, MANIFEST, RECORD = "cases.npz", "manifest.jsonl", "bank.json"
 
@@ -21,8 +22,8 @@ class Synthetic(NamedTuple):
   """Synthetic cases, and the mixture that they were made for.
 
   Attributes:
-    image: uint8 [m, H, W].
-    mask: uint8 [m, H, W], 0 background, 1 rim, 2 cup.
+    image: uint8 [m, H, W], or RGB [m, H, W, 3].
+    mask: uint8 [m, H, W], classes.
     group: int32 [m].
     sizes: cases of every group in an epoch [G].
   """
@@ -91,7 +92,10 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def read_bank(
-  directory: Path, size: tuple[int, int], num_groups: int
+  directory: Path,
+  size: tuple[int, int],
+  num_groups: int,
+  domain: Domain = FUNDUS,
 ) -> Synthetic:
   """Reads a bank.
 
@@ -99,6 +103,7 @@ def read_bank(
     directory: of the bank.
     size: of its images, (H, W).
     num_groups: G.
+    domain: its classes and channels.
 
   Raises:
     ValueError: if it is damaged, or not one of this run.
@@ -111,14 +116,16 @@ def read_bank(
     raise ValueError(f"{path} has no array {absent[0]!r}; {remedy(directory)}")
   bank = Synthetic(*(arrays[name] for name in Synthetic._fields))
   number = bank.group.size
-  wanted = Synthetic((number, *size), (number, *size), (number,), (num_groups,))
+  mask = (number, *size)
+  image = mask if domain.channels == 1 else (*mask, domain.channels)
+  wanted = Synthetic(image, mask, (number,), (num_groups,))
   for name, array, shape in zip(bank._fields, bank, wanted, strict=True):
     if array.shape != tuple(shape):
       raise ValueError(
         f"{path}: {name!r} has shape {array.shape}, not {tuple(shape)};"
         f" {remedy(directory)}"
       )
-  for name, limit in (("mask", 3), ("group", num_groups)):
+  for name, limit in (("mask", domain.num_classes), ("group", num_groups)):
     array = getattr(bank, name)
     if array.size and not 0 <= array.min() <= array.max() < limit:
       raise ValueError(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fairdiff_jax.data import attributes
+from fairdiff_jax.data import groups
 from fairdiff_jax.data.augment import generators_recipe
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.data.loader import Pool, draw, make_batch
@@ -28,8 +28,11 @@ GENERATORS = ("points", "image")
 
 def case_groups(config, cases: Cases) -> np.ndarray:
   """Each case's group [n], -1 for unknown."""
-  return attributes.group_codes(
-    config.data.attribute, cases.attributes, config.data.pooled
+  return groups.group_codes(
+    config.data.attribute,
+    cases.attributes,
+    config.data.pooled,
+    cases.vocabulary,
   )
 
 
@@ -87,6 +90,12 @@ class Pools:
       self.filled = self._equal_scale and bool(
         quota.any() or config.fairness.tilt
       )
+    if self._learns("points") and not cases.points.any():
+      raise ValueError(
+        "no training case can teach the mask generator: each lacks a structure,"
+        " or its points do not give its mask back; see what launch/prepare.py"
+        " says, raise data.num_points, or set train.points=(0, 0)"
+      )
     for name in makers(config):
       if self.filled and not self._learns(name):
         raise ValueError(
@@ -140,9 +149,9 @@ class Pools:
   def mix(self, step: int, synthetic: Synthetic | None = None):
     """Makes the segmenter's pool of a step from real cases and its bank."""
     if synthetic is None:
-      empty = np.empty((0, *self._cases.image.shape[1:]), np.uint8)
+      image, mask = self._cases.image[:0], self._cases.mask[:0]
       group = np.empty(0, np.int32)
-      synthetic = Synthetic(empty, empty, group, self.demand()[0])
+      synthetic = Synthetic(image, mask, group, self.demand()[0])
     self._segmentation = Pool(
       self._cases.name
       + [f"synthetic_{i}" for i in range(len(synthetic.group))],

@@ -13,6 +13,7 @@ import numpy as np
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
+from fairdiff_jax.data import domain
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.training import schedule
 from fairdiff_jax.training.banks import (
@@ -220,7 +221,12 @@ class Session:
         synthetic = self._refill(directory)
       else:
         number = len(self._run.objective.group_names)
-        synthetic = read_bank(directory, config.data.size, number)
+        synthetic = read_bank(
+          directory,
+          config.data.size,
+          number,
+          domain.of(config.data.domain, config.data.source),
+        )
       self._bank = bank_facts(directory)
     self.pools.mix(step, synthetic)
 

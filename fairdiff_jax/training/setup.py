@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from fairdiff_jax.config import check
-from fairdiff_jax.data import attributes, statistics
+from fairdiff_jax.data import domain, groups, statistics
 from fairdiff_jax.data.fairseg import Cases
 from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
 from fairdiff_jax.training.checkpoint import describe
@@ -56,7 +56,7 @@ def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
   objective, optimizer, init = _build(config)
   mesh = make_mesh(config.parallel.fsdp, devices)
   abstract = describe(
-    partial(init, *_no_data(objective)),
+    partial(init, *_no_data(config, objective)),
     lambda tree: tree_shardings(tree, mesh, config.parallel.rules),
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -78,12 +78,16 @@ def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
 def state_shapes(config) -> Any:
   """Shapes and types of the state of a run, whatever its devices."""
   objective, _, init = _build(config)
-  return jax.eval_shape(partial(init, *_no_data(objective)))
+  return jax.eval_shape(partial(init, *_no_data(config, objective)))
 
 
 def _build(config):
   """Objective, optimiser and (statistics, cases [G]) -> the initial state."""
-  names = attributes.group_names(config.data.attribute, config.data.pooled)
+  names = groups.group_names(
+    config.data.attribute,
+    config.data.pooled,
+    groups.vocabulary_of(config.data),
+  )
   axis_name = AXIS if config.parallel.compile == "pmap" else None
   spans = {name: learning_steps(config, name) for name in NETWORKS}
   num_updates = {n: b - a for n, (a, b) in spans.items() if b > a}
@@ -94,11 +98,12 @@ def _build(config):
   return objective, optimizer, init
 
 
-def _no_data(objective):
+def _no_data(config, objective):
   """Statistics and group sizes of the right shapes."""
   number = len(objective.group_names)
+  seen = domain.of(config.data.domain, config.data.source)
   return (
-    _constants(statistics.shapes(number), objective),
+    _constants(statistics.shapes(number, seen), objective),
     np.zeros(number, np.float32),
   )
 
@@ -119,7 +124,7 @@ def initial_state(run: Setup, cases: Cases, group: np.ndarray) -> TrainState:
   stats = statistics.compute(
     cases, group, number, intensity_prior=run.config.image.intensity_prior
   )
-  counts = attributes.group_counts(group, number).astype(np.float32)
+  counts = groups.group_counts(group, number).astype(np.float32)
   return start_from_weights(
     run.init(_constants(stats, run.objective), counts),
     run.objective,
@@ -169,9 +174,10 @@ def describe_batch(
   """Shapes and types of a phase's global batch."""
   floats = partial(jax.ShapeDtypeStruct, dtype=np.float32)
   integers = partial(jax.ShapeDtypeStruct, dtype=np.int32)
+  channels = domain.of(config.data.domain, config.data.source).channels
 
   def part(size, num_points, latent=None):
-    shown = {"image": floats((size, *config.data.size, 1))}
+    shown = {"image": floats((size, *config.data.size, channels))}
     if latent:
       shown = {"latent": floats((size, *latent))}
     return shown | {

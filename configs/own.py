@@ -1,0 +1,32 @@
+"""Your own patients: a csv that names an image, a mask and a split a row.
+
+  python launch/prepare.py --config configs/own.py --workdir runs/own \
+    --config.data.source=cases.csv --config.data.attribute=sex
+  python launch/train.py --config configs/own.py --workdir runs/own \
+    --config.data.source=cases.csv --config.data.attribute=sex
+
+What masks and images show is said by domain.json beside the csv. Variants: ''
+(256 x 256, for accelerators), 'small' (128 x 128, for a CPU and a few dozen
+cases), 'smoke' (seconds; for tests).
+"""
+
+from fairdiff_jax.configs import fairseg, phantom
+
+VARIANTS = ("", "small", "smoke")
+
+
+def get_config(variant: str = ""):
+  if variant not in VARIANTS:
+    raise ValueError(
+      f"unknown variant {variant!r} of own; use one of"
+      f" {', '.join(map(repr, VARIANTS))}"
+    )
+  if variant == "smoke":
+    config = phantom.get_config("smoke").unlock()
+    config.data.source = ""
+  else:
+    config = fairseg.get_config(variant).unlock()
+  config.data.attribute = "sex"
+  config.bank.harmonics = 0
+  config.bank.min_solidity = 0.0  # structures may be concave
+  return config.lock()
