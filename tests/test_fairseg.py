@@ -191,7 +191,7 @@ def test_missing_inputs(source, tmp_path):
     fairseg.build(tmp_path / "nope", data, **BUILD)
   with pytest.raises(FileNotFoundError, match=r"holds no \.npz files"):
     fairseg.build(tmp_path, data, **BUILD)
-  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py --config"):
+  with pytest.raises(FileNotFoundError, match="fairdiff prepare --config"):
     fairseg.load(data, "train")
   table = source / "data_summary.csv"
   table.write_text("name,use\n")

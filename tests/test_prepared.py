@@ -137,7 +137,7 @@ def test_other_phantoms_are_refused(tmp_path):
 
 def test_what_is_missing_is_asked_for_and_nothing_else(source, tmp_path):
   data = tmp_path / "not yet"
-  command = "python launch/prepare.py --config CONFIG --config.data.source="
+  command = "fairdiff prepare --config CONFIG --config.data.source="
   where = f"--config.data.directory='{data}'"
   with pytest.raises(FileNotFoundError) as error:
     fairseg.require_prepared(data_config(source=str(source)), data)

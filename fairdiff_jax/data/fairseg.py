@@ -256,7 +256,7 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
     raise ValueError(
       f"{directory} was prepared with {found}. Change "
       f"{', '.join(f'data.{key}' for key in differing)}, or prepare another "
-      "directory (launch/prepare.py)."
+      "directory (fairdiff prepare)."
     )
 
 
@@ -482,7 +482,7 @@ def _require(directory: str | os.PathLike, source: str = "") -> Report:
     source = shlex.quote(source) if source else "NPZ_DIRECTORY"
     raise FileNotFoundError(
       f"{directory} holds no prepared data. Prepare it with the same config: "
-      f"python launch/prepare.py --config CONFIG --config.data.source={source} "
+      f"fairdiff prepare --config CONFIG --config.data.source={source} "
       f"--config.data.directory={shlex.quote(str(directory))}"
     )
   return _stored_report(directory)
@@ -510,7 +510,7 @@ def _reading(directory: str | os.PathLike) -> Iterator[None]:
     raise ValueError(
       f"{directory}: the prepared data cannot be read ({type(error).__name__}: "
       f"{what}); if it is damaged, delete {_data_path(directory)} and prepare "
-      "it again with launch/prepare.py"
+      "it again with fairdiff prepare"
     ) from error
 
 
@@ -1054,7 +1054,7 @@ def _examine(
       points = np.zeros_like(points)
     elif not absent:
       points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
-    image, mask = _resize(case.image, size), _resize_mask(mask, size, domain)
+    image, mask = resize(case.image, size), _resize_mask(mask, size, domain)
     if strict:
       _require_shown(case.mask, mask, domain)
     codes = case.attributes
@@ -1148,8 +1148,7 @@ def _crop(
       f"the image ({plain(shape)}) is smaller than the crop {plain(crop)}; "
       "choose a smaller crop."
     )
-  starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
-  centre = tuple(slice(i, i + n) for i, n in zip(starts, crop, strict=True))
+  centre = centre_of(shape, crop)
   # What lies within others is asked first.
   for name, region in reversed(domain.split(case.mask[centre]).items()):
     if strict and not region.any():
@@ -1160,7 +1159,16 @@ def _crop(
   return case._replace(image=case.image[centre], mask=case.mask[centre])
 
 
-def _resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def centre_of(shape: Sequence[int], crop: Sequence[int]) -> tuple[slice, slice]:
+  """Where the centre `crop` (H, W) of an image lies; all of it for ()."""
+  crop = crop or shape
+  starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
+  rows, columns = (slice(i, i + n) for i, n in zip(starts, crop, strict=True))
+  return rows, columns
+
+
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """An image [H, W] or [H, W, C] at another size (H, W), as it is prepared."""
   shrinking = all(
     new <= old for new, old in zip(size, image.shape[:2], strict=True)
   )
@@ -1176,7 +1184,7 @@ def _resize_mask(
   for structure, region in zip(
     domain.structures, domain.split(mask).values(), strict=True
   ):
-    share = _resize(region.astype(np.float32), size)
+    share = resize(region.astype(np.float32), size)
     if structure.within is None:
       painted[structure.name] = share >= 0.5
     else:
