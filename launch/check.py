@@ -11,9 +11,9 @@ from fairdiff_jax.launch import cli
 def main(sources):
   if not sources:
     raise ValueError("name a table, a directory of npz files, or prepared data")
-  from fairdiff_jax.data import fairseg
+  from fairdiff_jax.data import prepare
 
-  reports = [fairseg.check(source) for source in sources]
+  reports = [prepare.check(source) for source in sources]
   print(*reports, sep="\n\n")
   return 0 if all(report.usable for report in reports) else 1
 

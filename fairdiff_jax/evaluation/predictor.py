@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.special import softmax
 
-from fairdiff_jax.data.fairseg import centre_of, resize
+from fairdiff_jax.data.examine import centre_of, resize
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.data.table import to_uint8
 from fairdiff_jax.training.mesh import map_batch
