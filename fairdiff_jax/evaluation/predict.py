@@ -135,10 +135,12 @@ def _names(images: Path, out: Path) -> dict[Path, str]:
   """Every image's path in its directory, and what its mask is called."""
   if not images.is_dir():
     raise FileNotFoundError(f"--images {images} is not a directory")
+  made = out.resolve()
+  inside = images.resolve() in made.parents  # what was made is no image
   found = [
     path.relative_to(images)
     for path in sorted(images.rglob("*"))
-    if path.is_file() and not path.is_relative_to(out)
+    if path.is_file() and not (inside and path.resolve().is_relative_to(made))
   ]
   found = [p for p in found if not any(x.startswith(".") for x in p.parts)]
   if not found:

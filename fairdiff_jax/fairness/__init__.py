@@ -11,7 +11,7 @@ the next state.
 >>> losses, group = jnp.array([0.2, 0.4, 0.9]), jnp.array([0, 0, 1])
 >>> seen = fairness.evidence(losses, group, num_groups=2)
 >>> omega, state = method.penalty(seen, state)
->>> float((losses.mean() + omega).round(3))  # to be minimised
+>>> round(float(losses.mean() + omega), 3)  # to be minimised
 0.601
 
 Under `jit` over a mesh nothing more is needed; where every device sees its own
