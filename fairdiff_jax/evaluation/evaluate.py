@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,12 @@ from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.fairseg import Cases, digest, load, num_cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import realism, report, segmentation
+from fairdiff_jax.evaluation.results import (
+  Results,
+  describe_baseline,
+  epoch,
+  provenance,
+)
 from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import Generated, make_generator
@@ -25,7 +32,7 @@ from fairdiff_jax.training.banks import bank_directory, read_bank
 from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.mesh import map_batch
 from fairdiff_jax.training.pools import case_groups, makers
-from fairdiff_jax.training.schedule import bank_step, learning_steps
+from fairdiff_jax.training.schedule import bank_step, learning_steps, phases
 from fairdiff_jax.training.setup import Setup, setup
 
 BASELINE = "Baseline (Repeat Sample)"
@@ -174,7 +181,7 @@ def evaluate(
     FileNotFoundError: no such run, or it has no checkpoint.
     ValueError: unknown definitions, or other data than the run was trained on.
   """
-  workdir = Path(workdir)
+  workdir, began = Path(workdir), time.monotonic()
   record = configs.load_record(workdir)
   config = record.config
   evaluation = evaluation or config.evaluation
@@ -250,8 +257,12 @@ def evaluate(
   title = f"Fair segmentation of {workdir.name}"
   if not predictions:
     title = f"{workdir.name}, without segmentation figures"
-  return report.write(
-    directory or workdir / report.DIRECTORY,
+  about_baseline = ""
+  if BASELINE in predictors:
+    about_baseline = describe_baseline(
+      config, configs.load(workdir / "baseline")
+    )
+  results = Results(
     title=title,
     models={
       name: segmentation.per_case(
@@ -262,12 +273,22 @@ def evaluate(
     },
     reason=reason,
     notices=notices,
+    baseline=about_baseline,
+    made_up=config.data.source == "phantom",
     cases=cases,
     synthetic=synthetic,
     realism=realistic,
     agreement=agreements,
     counts=counts,
+    epoch=epoch(
+      *(config, names, train_group),
+      [counts[name]["synthetic"] for name in names],
+      None if bank == "none" else workdir / "bank" / bank,
+    ),
     log=workdir / "metrics.jsonl",
+    baseline_log=workdir / "baseline" / "metrics.jsonl",
+    baseline_start=learning_steps(config, "segmenter")[0],
+    phases=phases(config),
     facts={
       "data": config.data.source,
       "attribute": config.data.attribute,
@@ -293,9 +314,11 @@ def evaluate(
       "equity scaling": definitions.equity,
       "config sha256": configs.config_hash(config),
     },
+    provenance=provenance(time.monotonic() - began),
     definitions=definitions,
     domain=domain,
   )
+  return report.write(directory or workdir / report.DIRECTORY, results)
 
 
 def _load_test(directory: Path, train: Cases) -> Cases:
