@@ -222,8 +222,15 @@ def render(
     " not start at 0."
   )
   sections = [Section("Dice by method", page.PARTS.charts(charts), note)]
+
+  def whole(cell):  # '±' begins no line
+    return cell._replace(
+      text=cell.text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    )
+
   for title, (head, *lines) in tables.items():
-    sections.append(Section(title, page.table(title, head, {"": lines})))
+    rows = [list(map(whole, line)) for line in lines]
+    sections.append(Section(title, page.table(title, head, {"": rows})))
   listed = page.PARTS.files(list(FILES.items()))
   sections.append(Section("Files", listed))
   sections.append(Section("How to read", page.PARTS.paragraphs(notes)))

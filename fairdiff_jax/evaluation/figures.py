@@ -18,6 +18,7 @@ from fairdiff_jax.evaluation.page import INK, MARKERS, PALETTE, number
 WIDTH = 4.2  # inches of a chart
 THUMBNAIL = 320  # pixels of the longer side of an inlined image
 SMALL = 112  # the same, of one among many
+SPAN = 2.0  # points that an axis shows at least: less is no difference
 NARROW = 0.14  # share of the steps shown below which a phase's name has no room
 DASHES = ("-", "--", ":", "-.")
 
@@ -58,6 +59,13 @@ def _dots(
     axes.plot([], [], marker, color=color, label=label)
 
 
+def _widen(axes: Axes) -> None:
+  """Makes the x-axis no narrower than `SPAN`."""
+  low, high = axes.get_xlim()
+  more = max(0.0, SPAN - (high - low)) / 2
+  axes.set_xlim(low - more, high + more)
+
+
 def dots(
   cls: str, summaries: Mapping[str, dict], groups: Mapping[str, str]
 ) -> Markup:
@@ -89,6 +97,7 @@ def dots(
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.65)
     axes.margins(x=0.08)
+    _widen(axes)
     axes.set(title=f"{cls.title()}, Dice", xlabel="Dice, zoomed")
     axes.grid(axis="x", color=INK, alpha=0.15, lw=0.8)
     axes.tick_params(axis="y", length=0)
@@ -123,6 +132,7 @@ def differences(
     axes.set_yticks(y, list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.75)
     axes.margins(x=0.1)
+    _widen(axes)
     axes.set(title=cls.title(), xlabel="difference of Dice, points")
     axes.tick_params(axis="y", length=0)
     texts = [

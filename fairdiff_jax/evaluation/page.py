@@ -157,7 +157,10 @@ def number(
   """
   if value is None or not math.isfinite(value):
     return "–"
-  return f"{scale * value:{sign}z.{digits}f}".replace("-", "−")
+  text = f"{scale * value:z.{digits}f}"
+  if sign and float(text) > 0:
+    text = f"{sign}{text}"
+  return text.replace("-", "−")
 
 
 def interval(
