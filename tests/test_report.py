@@ -24,10 +24,6 @@ AGREEMENT = ("synthetic", "real", "ratio")
 VOID = ("meta", "br", "link", "img", "input", "hr")
 
 
-def write(directory, **fields):
-  return report.write(directory, Results(**fields))
-
-
 def disc(shape, radius):
   """A mask with a centred disc and a cup of half its radius."""
   r = np.hypot(*(np.indices(shape) - (np.array(shape) - 1)[:, None, None] / 2))
@@ -79,7 +75,7 @@ def written(case, log, tmp_path_factory):
   directory = tmp_path_factory.mktemp("run") / "report"
   ours, baseline = case["columns"]
   agreement = {"synthetic": 0.7, "real": 0.8, "ratio": np.float32(0.875)}
-  result = write(
+  result = report.write(
     directory,
     title=EVIL,
     models={"Ours": ours, EVIL: baseline},
@@ -180,7 +176,7 @@ def test_definitions_are_used_and_recorded(written, case, tmp_path):
     Page((directory / "index.html").read_text()).text
   )
   ours, baseline = case["columns"]
-  result = write(
+  result = report.write(
     tmp_path,
     title="t",
     models={"A": ours, "B": baseline},
@@ -363,7 +359,9 @@ def test_parts_without_data_are_left_out(written, case, tmp_path):
     Page(text)
     return re.findall("<h2 id=.*?>(.*?)</h2>", text)
 
-  result = write(tmp_path, title="t", models={"Ours": case["columns"][0]})
+  result = report.write(
+    tmp_path, title="t", models={"Ours": case["columns"][0]}
+  )
   assert headings(tmp_path) == [
     "Headline",
     "Dice by group",
@@ -379,7 +377,7 @@ def test_parts_without_data_are_left_out(written, case, tmp_path):
 def test_undefined_figures_are_dashes(tmp_path):
   empty = np.zeros((2, 8, 8), np.uint8)
   columns = segmentation.per_case(empty, empty, "ab", np.array([0, 1]), "AB")
-  result = write(
+  result = report.write(
     tmp_path,
     title="t",
     models={"Ours": columns, "Other": columns},
@@ -418,7 +416,7 @@ def test_no_figure_ends_a_report(tmp_path_factory, data):
       else:
         table[key] = np.array([data.draw(numbers) for _ in range(n)])
   directory = tmp_path_factory.mktemp("report")
-  result = write(
+  result = report.write(
     directory,
     title="t",
     models=models,
@@ -434,7 +432,7 @@ def test_no_figure_ends_a_report(tmp_path_factory, data):
 
 def test_a_report_without_models_says_why(case, tmp_path):
   group = np.array([*GROUPS, "unknown"])[case["group"]]
-  result = write(
+  result = report.write(
     tmp_path,
     title="t",
     models={},
@@ -480,7 +478,7 @@ def test_a_damaged_log_costs_its_curves(
   if content is not None:
     log.write_text(content)
   models = {"A": case["columns"][0]}
-  result = write(tmp_path / "r", title="t", models=models, log=log)
+  result = report.write(tmp_path / "r", title="t", models=models, log=log)
   assert len(result["notices"]) == bool(notice)
   assert (notice or "") in "".join(result["notices"])
   text = (tmp_path / "r" / "index.html").read_text()
@@ -491,7 +489,7 @@ def test_a_report_is_complete_or_absent(case, tmp_path, monkeypatch):
   """What is there of an earlier one does not make up for the rest."""
   ours, baseline = case["columns"]
   directory = tmp_path / "report"
-  write(directory, title="t", models={"A": ours, "B": baseline})
+  report.write(directory, title="t", models={"A": ours, "B": baseline})
   assert report.read(tmp_path)["n"] == 49
   whole = files.write
 
@@ -502,11 +500,11 @@ def test_a_report_is_complete_or_absent(case, tmp_path, monkeypatch):
 
   monkeypatch.setattr(files, "write", full)
   with pytest.raises(OSError, match="No space left on device: .*index.html"):
-    write(directory, title="t", models={"A": ours})
+    report.write(directory, title="t", models={"A": ours})
   with pytest.raises(FileNotFoundError, match=r"launch/evaluate\.py"):
     report.read(tmp_path)
   monkeypatch.undo()
-  write(directory, title="t", models={"A": ours})
+  report.write(directory, title="t", models={"A": ours})
   assert not (directory / "cases_2.csv").exists()
   assert report.read(tmp_path)["title"] == "t"
 
@@ -524,7 +522,7 @@ def test_a_report_is_complete_or_absent(case, tmp_path, monkeypatch):
 )
 def test_a_damaged_report_is_named(case, tmp_path, name, content, message):
   models = {"A": case["columns"][0]}
-  write(tmp_path / "report", title="t", models=models)
+  report.write(tmp_path / "report", title="t", models=models)
   path = tmp_path / "report" / name
   path.unlink() if content is None else path.write_text(content)
   with pytest.raises(
@@ -538,13 +536,13 @@ def test_arguments_are_checked(case, tmp_path):
   ours, _ = case["columns"]
   shorter = {key: value[1:] for key, value in ours.items()}
   with pytest.raises(ValueError, match="same cases"):
-    write(tmp_path, title="t", models={"A": ours, "B": shorter})
+    report.write(tmp_path, title="t", models={"A": ours, "B": shorter})
   with pytest.raises(ValueError, match="no models .* and no reason"):
-    write(tmp_path, title="t", models={})
+    report.write(tmp_path, title="t", models={})
   with pytest.raises(ValueError, match="at most 6 models, got 7"):
-    write(tmp_path, title="t", models=dict.fromkeys("ABCDEFG", ours))
+    report.write(tmp_path, title="t", models=dict.fromkeys("ABCDEFG", ours))
   with pytest.raises(ValueError, match="image"):
-    write(
+    report.write(
       tmp_path,
       title="t",
       models={"A": ours},

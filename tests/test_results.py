@@ -37,8 +37,8 @@ def test_keys_are_stable():
 
 
 def test_a_report_of_a_newer_version_is_refused(tmp_path):
-  made = results.Results(title="t", models={}, reason="none")
-  summary = report.write(tmp_path / "report", made)
+  made = {"title": "t", "models": {}, "reason": "none"}
+  summary = report.write(tmp_path / "report", **made)
   assert report.read(tmp_path) == summary
   path = tmp_path / "report" / "summary.json"
   path.write_text(json.dumps(summary | {"schema": 2}))

@@ -20,7 +20,6 @@ from fairdiff_jax.data.fairseg import Cases, digest, load, num_cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.evaluation import realism, report, segmentation
 from fairdiff_jax.evaluation.results import (
-  Results,
   describe_baseline,
   epoch,
   provenance,
@@ -262,7 +261,8 @@ def evaluate(
     about_baseline = describe_baseline(
       config, configs.load(workdir / "baseline")
     )
-  results = Results(
+  return report.write(
+    directory or workdir / report.DIRECTORY,
     title=title,
     models={
       name: segmentation.per_case(
@@ -318,7 +318,6 @@ def evaluate(
     definitions=definitions,
     domain=domain,
   )
-  return report.write(directory or workdir / report.DIRECTORY, results)
 
 
 def _load_test(directory: Path, train: Cases) -> Cases:

@@ -11,6 +11,7 @@ missing is said in a notice: no figure ends a report.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fairdiff_jax import files
 from fairdiff_jax.evaluation import page, segmentation
@@ -23,7 +24,7 @@ PAGE, SUMMARY = "index.html", "summary.json"
 TEST_DIGEST = "test cases sha256"  # a fact, of names, images and masks
 
 
-def write(directory: str | os.PathLike, results: Results) -> dict:
+def write(directory: str | os.PathLike, **fields: Any) -> dict:
   """Writes `index.html`, tables of cases and `summary.json` to `directory`.
 
   The first model's table is `cases.csv`, the second's `cases_2.csv`, and so
@@ -31,14 +32,16 @@ def write(directory: str | os.PathLike, results: Results) -> dict:
 
   Args:
     directory: made if absent; the files in it are replaced.
-    results: what there is to say.
+    **fields: what there is to say, those of `Results`.
 
   Returns:
     What `summary.json` holds.
 
   Raises:
     OSError: a file cannot be written; the message names it.
+    ValueError: as `Results`.
   """
+  results = Results(**fields)
   verdict = results.verdict
   lead = [
     page.PARTS.verdict(verdict.claims, verdict.cautions),
