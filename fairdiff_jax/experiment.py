@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.data import domain, fairseg
+from fairdiff_jax.data import domain, prepare, storage
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.groups import OTHER, recorded, small_groups
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.synthesis.bank import make_refill
@@ -35,7 +36,7 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
   return baseline
 
 
-def name_groups(config: ConfigDict, cases: fairseg.Cases) -> ConfigDict:
+def name_groups(config: ConfigDict, cases: Cases) -> ConfigDict:
   """Names in the config what the cases show: domain, groups, and those pooled.
 
   Groups with too few training cases are named in `data.pooled`.
@@ -102,14 +103,14 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
     # Gloo gives up after 30 s when processes first meet, but not later.
     _meet("start")
     if jax.process_index() == 0:
-      fairseg.prepare(config.data, directory)
+      prepare.prepare(config.data, directory)
     _meet("data")
-  fairseg.require_prepared(config.data, directory)
-  cases = fairseg.load(directory, "train")
+  prepare.require_prepared(config.data, directory)
+  cases = storage.load(directory, "train")
   config = name_groups(config, cases)
-  if not fairseg.num_cases(directory, "test"):
+  if not storage.num_cases(directory, "test"):
     _say(f"no test case is in {directory}: nothing will be said of fairness")
-  data = fairseg.digest(directory)
+  data = storage.digest(directory)
   state = train(
     config,
     workdir,

@@ -17,7 +17,14 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from pathlib import Path
 from typing import Any
 
@@ -493,6 +500,40 @@ def _read_array(
     content += file.read()
     array = np.frombuffer(content, dtype)
   return array.reshape(shape, order="F" if fortran else "C")
+
+
+@contextlib.contextmanager
+def new_array(
+  path: str | os.PathLike, number: int, row: tuple[int, ...], dtype: Any
+) -> Iterator[Callable[[np.ndarray], None]]:
+  """An npy file to append rows to, which may be larger than memory.
+
+  Args:
+    path: of the file.
+    number: of rows that there will be.
+    row: shape of a row.
+    dtype: of its values.
+
+  Raises:
+    OSError: it cannot be written; a full disk is told of, as it would not be
+      of a memory-mapped file.
+  """
+  path, dtype = Path(path), np.dtype(dtype)
+  header = {
+    "descr": np.lib.format.dtype_to_descr(dtype),
+    "fortran_order": False,
+    "shape": (number, *row),
+  }
+  with _naming(path), path.open("wb") as file:
+    np.lib.format.write_array_header_1_0(file, header)
+
+    def append(values):
+      values = np.ascontiguousarray(values, dtype)
+      if values.shape[-len(row) :] != row:
+        raise ValueError(f"rows of {path} are {row}, not {values.shape}")
+      file.write(values.data)
+
+    yield append
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -28,19 +28,19 @@ def main(_):
     config = cli.config()
     if not (config.data.directory or WORKDIR.value):
       raise ValueError("give --workdir, or --config.data.directory")
-  from fairdiff_jax.data import fairseg
+  from fairdiff_jax.data import prepare, storage
   from fairdiff_jax.training import latents
   from fairdiff_jax.training.mesh import make_mesh
 
   if CHECK.value is not None:
-    report = fairseg.check(CHECK.value)
+    report = prepare.check(CHECK.value)
     print(report)
     return 0 if report.usable else 1
   directory = configs.data_directory(config, WORKDIR.value or "")
-  print(fairseg.prepare(config.data, directory))
+  print(prepare.prepare(config.data, directory))
   print(f"Prepared in {directory}")
   if latents.cached_shape(config) and config.image.weights:
-    cases = fairseg.load(directory, "train")
+    cases = storage.load(directory, "train")
     latents.cached_latents(config, make_mesh(), cases, directory)
   return 0
 

@@ -10,8 +10,9 @@ from configs import phantom
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.augment import generators_recipe
-from fairdiff_jax.data.fairseg import Cases, load
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.mixture import training_pool
+from fairdiff_jax.data.storage import load
 from fairdiff_jax.diffusion.samplers import check_solver, sampling_times
 from fairdiff_jax.diffusion.schedule import make_schedule
 from fairdiff_jax.evaluation.evaluate import definitions_of, evaluate
@@ -145,7 +146,7 @@ def test_directory_of_another_config(tmp_path):
 
 
 def test_no_prepared_data(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py"):
+  with pytest.raises(FileNotFoundError, match="fairdiff prepare"):
     load(tmp_path, "train")
 
 

@@ -9,7 +9,7 @@ import pytest
 from configs.phantom import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.attributes import ATTRIBUTES
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.training.loop import train
 
 RATE = "optimizer.segmenter.learning_rate"

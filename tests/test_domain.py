@@ -10,7 +10,7 @@ import pytest
 
 from configs import fairseg as fairseg_recipe
 from configs import own
-from fairdiff_jax.data import contours, fairseg, groups, table
+from fairdiff_jax.data import contours, groups, prepare, storage, table
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.experiment import run
@@ -53,7 +53,7 @@ def configure(source, attribute, **changes):
 
 def prepared(tmp_path, source, attribute, **changes):
   config = configure(source, attribute, **changes)
-  report = fairseg.prepare(config.data, tmp_path / "run" / "data")
+  report = prepare.prepare(config.data, tmp_path / "run" / "data")
   return config, report
 
 
@@ -115,7 +115,7 @@ def test_two_lungs_by_sex_and_age_from_files_to_report(tmp_path):
     for sex in "FM"
     for band in ("below 45", "45 to 60", "60 and above")
   }
-  cases = fairseg.load(tmp_path / "run" / "data", "test", progress=False)
+  cases = storage.load(tmp_path / "run" / "data", "test", progress=False)
   assert set(np.unique(cases.mask)) == {0, 1, 2}
 
 
@@ -126,7 +126,7 @@ def test_a_lesion_that_some_lack_in_colour_from_files_to_report(tmp_path):
   )
   assert report.usable == 36
   assert "7 cases show no lesion" in "".join(report.notes)
-  cases = fairseg.load(tmp_path / "run" / "data", "train", progress=False)
+  cases = storage.load(tmp_path / "run" / "data", "train", progress=False)
   assert cases.image.shape == (24, 16, 16, 3)
   drawn = cases.points.any(axis=(1, 2))
   np.testing.assert_array_equal(drawn, cases.mask.any(axis=(1, 2)))
@@ -195,7 +195,7 @@ def test_contours_give_masks_back(tmp_path, make, least):
 
 def test_a_table_of_eyes_is_prepared_as_npz_files_are(tmp_path):
   npz = patients.write_source(tmp_path / "npz")
-  fairseg.build(npz, tmp_path / "a", **patients.BUILD)
+  prepare.build(npz, tmp_path / "a", **patients.BUILD)
   directory = tmp_path / "png"
   directory.mkdir()
   rows = []
@@ -211,15 +211,15 @@ def test_a_table_of_eyes_is_prepared_as_npz_files_are(tmp_path):
   tables.write_rows(directory / "cases.csv", rows)
   config = configure(directory / "cases.csv", "sex").unlock()
   config.data.size, config.data.num_points = (40, 48), 64
-  fairseg.prepare(config.data, tmp_path / "b")
+  prepare.prepare(config.data, tmp_path / "b")
   for split in ("train", "test"):
     a, b = (
-      fairseg.load(tmp_path / name, split, progress=False) for name in "ab"
+      storage.load(tmp_path / name, split, progress=False) for name in "ab"
     )
     assert a.name == b.name
     for field in ("image", "mask", "points"):
       np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-  fairseg.require_prepared(config.data, tmp_path / "b")
+  prepare.require_prepared(config.data, tmp_path / "b")
 
 
 @pytest.mark.parametrize("variant", ["", "samed", "transunet", "sd15"])
@@ -369,8 +369,8 @@ def test_bands_are_words():
 def test_fairseg_has_bands_of_age(tmp_path):
   npz = patients.write_source(tmp_path / "npz")
   np.savez(npz / "data_00001.npz", **patients.patient(age=30))
-  fairseg.build(npz, tmp_path / "data", **patients.BUILD)
-  cases = fairseg.load(tmp_path / "data", "train", progress=False)
+  prepare.build(npz, tmp_path / "data", **patients.BUILD)
+  cases = storage.load(tmp_path / "data", "train", progress=False)
   codes = groups.group_codes(
     "age:50", cases.attributes, vocabulary=cases.vocabulary
   )

@@ -11,8 +11,8 @@ import pytest
 from configs.phantom import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.data import fairseg
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data import prepare, storage
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import evaluate as evaluation
 from fairdiff_jax.evaluation import report
 from fairdiff_jax.synthesis.bank import BANK
@@ -37,7 +37,7 @@ def smoke(**changes):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
   directory = tmp_path_factory.mktemp("data") / "prepared"
-  fairseg.prepare(smoke().data, directory)
+  prepare.prepare(smoke().data, directory)
   return directory
 
 
@@ -49,7 +49,7 @@ def save(data):
     config = smoke(**{"data.directory": str(data)} | changes)
     configs.claim(workdir, config)
     run = setup(config, jax.devices()[:1])
-    cases = fairseg.load(config.data.directory, "train", progress=False)
+    cases = storage.load(config.data.directory, "train", progress=False)
     checkpoints = Checkpoints(workdir)
     state = initial_state(run, cases, case_groups(config, cases))
     state = state.replace(step=state.step + config.train.steps)
@@ -113,7 +113,7 @@ def test_without_test_cases_or_synthetic_ones(tmp_path, data, save):
   listed = tmp_path / "training.txt"
   listed.write_text("".join(f"data_{i:05d}\n" for i in range(1, 31)))
   directory = tmp_path / "prepared"
-  fairseg.prepare(smoke(**{"data.split": str(listed)}).data, directory)
+  prepare.prepare(smoke(**{"data.split": str(listed)}).data, directory)
   workdir = save(
     tmp_path / "run",
     **{

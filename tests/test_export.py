@@ -14,7 +14,7 @@ import pytest
 
 from configs.phantom import get_config
 from fairdiff_jax import config as configs
-from fairdiff_jax.data import fairseg, npz, statistics
+from fairdiff_jax.data import npz, prepare, statistics, storage
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.synthesis import export
 from fairdiff_jax.synthesis.generate import make_generator
@@ -53,8 +53,8 @@ def config():
 @pytest.fixture(scope="module")
 def workdir(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
-  fairseg.prepare(config.data, workdir / "data")
-  cases = fairseg.load(workdir / "data", "train", progress=False)
+  prepare.prepare(config.data, workdir / "data")
+  cases = storage.load(workdir / "data", "train", progress=False)
   save_initial(config, workdir, cases)
   return workdir
 
@@ -163,9 +163,9 @@ def test_contact_sheet_draws_contours_in_colour(exported):
 
 
 def test_an_export_can_be_prepared(exported, tmp_path):
-  report = fairseg.check(exported, progress=False)
+  report = prepare.check(exported, progress=False)
   assert (report.usable, report.set_aside) == (11, [])
-  report = fairseg.build(
+  report = prepare.build(
     exported, tmp_path, size=(32, 32), num_points=64, progress=False
   )
   assert report.counts["train"]["race"] == {

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from patients import BUILD, H0, W0, eye, patient, write_csv, write_source
 
-from fairdiff_jax.data import attributes, contours, fairseg
+from fairdiff_jax.data import attributes, contours, prepare, storage
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +20,7 @@ def source(tmp_path):
 
 
 def test_build_and_load(source, tmp_path):
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert report.dialects == {"current": 3}
   assert report.sizes == {"60 x 76": 3}
   assert report.counts["train"]["race"] == {
@@ -32,7 +32,7 @@ def test_build_and_load(source, tmp_path):
   assert report.set_aside == []
   assert "maritalstatus  Married" in str(report)
 
-  cases = fairseg.load(tmp_path / "data", "train", progress=False)
+  cases = storage.load(tmp_path / "data", "train", progress=False)
   assert cases.name == ["data_00001", "data_00002"]
   assert cases.image.shape == cases.mask.shape == (2, 40, 48)
   assert cases.image.dtype == cases.mask.dtype == np.uint8
@@ -43,10 +43,10 @@ def test_build_and_load(source, tmp_path):
   np.testing.assert_array_equal(cases.attributes["race"], [0, 1])
   np.testing.assert_array_equal(cases.attributes["ethnicity"], [-1, -1])
   assert cases.attributes["race"].dtype == np.int32
-  test = fairseg.load(tmp_path / "data", "test", progress=False)
+  test = storage.load(tmp_path / "data", "test", progress=False)
   assert test.name == ["data_00003"]
   with pytest.raises(ValueError, match="no split 'val'; it has"):
-    fairseg.load(tmp_path / "data", "val")
+    storage.load(tmp_path / "data", "val")
 
 
 def dice(a, b):
@@ -55,16 +55,16 @@ def dice(a, b):
 
 @pytest.mark.parametrize("size", [(40, 48), (60, 76), (90, 100)])
 def test_points_and_mask_agree_at_the_prepared_size(source, tmp_path, size):
-  fairseg.build(source, tmp_path / "data", **BUILD | {"size": size})
-  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  prepare.build(source, tmp_path / "data", **BUILD | {"size": size})
+  cases = storage.load(tmp_path / "data", "test", progress=False)
   mask = contours.points_to_mask(cases.points[0], size)
   for least in (1, 2):
     assert dice(mask >= least, cases.mask[0] >= least) > 0.95
 
 
 def test_native_size_is_kept_exactly(source, tmp_path):
-  fairseg.build(source, tmp_path / "data", **BUILD | {"size": (H0, W0)})
-  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  prepare.build(source, tmp_path / "data", **BUILD | {"size": (H0, W0)})
+  cases = storage.load(tmp_path / "data", "test", progress=False)
   image, mask = eye()
   np.testing.assert_array_equal(cases.image[0], image)
   np.testing.assert_array_equal(cases.mask[0], -mask)
@@ -75,8 +75,8 @@ def test_thin_rim_survives_shrinking(source, tmp_path):
   np.savez(
     source / "data_00003.npz", slo_fundus=image, disc_cup_mask=mask, race=0
   )
-  fairseg.build(source, tmp_path / "data", **BUILD | {"size": (50, 50)})
-  small = fairseg.load(tmp_path / "data", "test", progress=False).mask[0]
+  prepare.build(source, tmp_path / "data", **BUILD | {"size": (50, 50)})
+  small = storage.load(tmp_path / "data", "test", progress=False).mask[0]
   for least in (1, 2):
     area = (-mask >= least).mean()
     assert (small >= least).mean() == pytest.approx(area, rel=0.01)
@@ -87,11 +87,11 @@ def test_thin_rim_survives_shrinking(source, tmp_path):
 def test_crop_is_the_centre(source, tmp_path, crop):
   """At the crop's own size, pixels are the native ones."""
   options = BUILD | {"size": crop, "crop": crop}
-  report = fairseg.build(source, tmp_path / "data", **options)
+  report = prepare.build(source, tmp_path / "data", **options)
   assert report.settings["crop"] == list(crop)
   assert report.sizes == {"60 x 76": 3}
   assert report.notes == []
-  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  cases = storage.load(tmp_path / "data", "test", progress=False)
   image, mask = eye()
   top, left = H0 // 2 - crop[0] // 2, W0 // 2 - crop[1] // 2
   centre = np.s_[top : top + crop[0], left : left + crop[1]]
@@ -104,8 +104,8 @@ def test_crop_is_the_centre(source, tmp_path, crop):
 
 def test_crop_comes_before_the_resize(source, tmp_path):
   options = BUILD | {"size": (22, 25), "crop": (44, 50)}
-  fairseg.build(source, tmp_path / "data", **options)
-  cases = fairseg.load(tmp_path / "data", "test", progress=False)
+  prepare.build(source, tmp_path / "data", **options)
+  cases = storage.load(tmp_path / "data", "test", progress=False)
   image, mask = (x[8:52, 13:63] for x in eye())
   expected = image.reshape(22, 2, 25, 2).mean((1, 3))
   assert np.abs(cases.image[0] - expected).max() <= 0.5
@@ -126,14 +126,14 @@ def test_crop_that_cuts_the_disc_is_noted(source, tmp_path):
   """The disc reaches 18 pixels up, the cup 9; the crop begins at row 8."""
   np.savez(source / "data_00002.npz", **off_centre(20))
   options = BUILD | {"size": (44, 50), "crop": (44, 50)}
-  report = fairseg.build(source, tmp_path / "data", **options)
+  report = prepare.build(source, tmp_path / "data", **options)
   assert report.set_aside == []
   assert report.notes == [
     "The crop cuts the disc of 1 cases, which are kept: data_00002.npz.",
     "1 masks would be refused as 'outside' if they were made up"
     " (bank.min_solidity=0.9), and are kept: data_00002.npz.",
   ]
-  cases = fairseg.load(tmp_path / "data", "train", progress=False)
+  cases = storage.load(tmp_path / "data", "train", progress=False)
   expected = -off_centre(20)["disc_cup_mask"][8:52, 13:63]
   np.testing.assert_array_equal(cases.mask[1], expected)
   assert (cases.mask[1][0] == 1).any() and (cases.mask[1] == 2).any()
@@ -146,7 +146,7 @@ def test_crop_that_does_not_fit_sets_the_case_aside(source, tmp_path):
   small = {k: x[:40] if x.ndim else x for k, x in patient().items()}
   np.savez(source / "data_00003.npz", **small)
   options = BUILD | {"crop": (44, 50)}
-  report = fairseg.build(source, tmp_path / "data", **options)
+  report = prepare.build(source, tmp_path / "data", **options)
   assert report.set_aside == [
     (
       "data_00002.npz",
@@ -164,14 +164,14 @@ def test_crop_that_does_not_fit_sets_the_case_aside(source, tmp_path):
 @pytest.mark.parametrize("crop", [(44,), (4, 50)])
 def test_malformed_crop_is_refused(source, tmp_path, crop):
   with pytest.raises(ValueError, match=r"crop must be \(H, W\) .* 8 pixels"):
-    fairseg.build(source, tmp_path / "data", **BUILD, crop=crop)
+    prepare.build(source, tmp_path / "data", **BUILD, crop=crop)
 
 
 def test_npz_wins_and_csv_fills(source, tmp_path):
   row = {"use": "training", "race": "White", "ethnicity": "hispanic"}
   write_csv(source, {"data_00001": row, "data_00002": row | {"race": "black"}})
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
-  train = fairseg.load(tmp_path / "data", "train", progress=False)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
+  train = storage.load(tmp_path / "data", "train", progress=False)
   np.testing.assert_array_equal(train.attributes["race"], [0, 1])
   np.testing.assert_array_equal(train.attributes["ethnicity"], [1, 1])
   assert report.notes == [
@@ -182,27 +182,27 @@ def test_npz_wins_and_csv_fills(source, tmp_path):
 def test_missing_inputs(source, tmp_path):
   data = tmp_path / "data"
   with pytest.raises(FileNotFoundError, match="neither 'use' nor a file"):
-    fairseg.build(source, data, split="nope.txt", **BUILD)
+    prepare.build(source, data, split="nope.txt", **BUILD)
   with pytest.raises(ValueError, match=r"size must be \(H, W\)"):
-    fairseg.build(source, data, size=(4, 40), num_points=64)
+    prepare.build(source, data, size=(4, 40), num_points=64)
   with pytest.raises(ValueError, match="num_points must be at least 8, not 0"):
-    fairseg.build(source, data, size=(40, 40), num_points=0)
+    prepare.build(source, data, size=(40, 40), num_points=0)
   with pytest.raises(FileNotFoundError, match="is not a directory"):
-    fairseg.build(tmp_path / "nope", data, **BUILD)
+    prepare.build(tmp_path / "nope", data, **BUILD)
   with pytest.raises(FileNotFoundError, match=r"holds no \.npz files"):
-    fairseg.build(tmp_path, data, **BUILD)
-  with pytest.raises(FileNotFoundError, match=r"launch/prepare\.py --config"):
-    fairseg.load(data, "train")
+    prepare.build(tmp_path, data, **BUILD)
+  with pytest.raises(FileNotFoundError, match="fairdiff prepare --config"):
+    storage.load(data, "train")
   table = source / "data_summary.csv"
   table.write_text("name,use\n")
   with pytest.raises(ValueError, match="no column 'filename'; its columns"):
-    fairseg.build(source, data, **BUILD)
+    prepare.build(source, data, **BUILD)
   table.write_text("filename,race\n")
   with pytest.raises(ValueError, match="no column 'use'"):
-    fairseg.build(source, data, **BUILD)
+    prepare.build(source, data, **BUILD)
   table.unlink()
   with pytest.raises(FileNotFoundError, match=r"has no data_summary\.csv"):
-    fairseg.build(source, data, **BUILD)
+    prepare.build(source, data, **BUILD)
   assert not data.exists()
 
 
@@ -210,7 +210,7 @@ def test_the_report_names_the_worst_clouds(source, tmp_path):
   for i, cup in ((1, 0.5), (2, 0.2), (3, 0.5)):
     _, mask = eye(cup=cup)
     np.savez(source / f"data_0000{i}.npz", **patient(disc_cup_mask=mask))
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   for structure in ("disc", "cup"):
     trip = report.round_trip[structure]
     assert 0.9 < trip["least"] < trip["mean"] <= 1
@@ -225,7 +225,7 @@ def test_the_report_names_the_worst_clouds(source, tmp_path):
     "data_00002.npz",
     *(f"{dice:.4f}" for dice in report.worst[0][1:]),
   ]
-  assert fairseg.check(tmp_path / "data") == report
+  assert prepare.check(tmp_path / "data") == report
 
 
 def test_the_report_says_one_reason_once(source):
@@ -234,7 +234,7 @@ def test_the_report_says_one_reason_once(source):
       source / f"data_{i:05d}.npz", **patient(disc_cup_mask=0 * eye()[1])
     )
   write_csv(source, {f"data_{i:05d}": "training" for i in range(1, 20)})
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   assert len(report.set_aside) == 16
   *_, last = str(report).splitlines()
   assert last.startswith("  data_00004.npz, data_00005.npz, ")
@@ -244,27 +244,27 @@ def test_the_report_says_one_reason_once(source):
 def test_nothing_usable(source, tmp_path):
   write_csv(source, {f"data_0000{i}": "test" for i in (1, 2, 3)})
   with pytest.raises(ValueError, match="no usable case is in the training"):
-    fairseg.build(source, tmp_path / "data", **BUILD)
+    prepare.build(source, tmp_path / "data", **BUILD)
   for path in source.glob("*.npz"):
     path.write_bytes(b"")
   with pytest.raises(ValueError, match=r"not one of the 3 .* data_00001\.npz:"):
-    fairseg.build(source, tmp_path / "data", **BUILD)
-  assert fairseg.check(source, progress=False).usable == 0
+    prepare.build(source, tmp_path / "data", **BUILD)
+  assert prepare.check(source, progress=False).usable == 0
 
 
 def test_reuses_the_same_and_refuses_other_settings(source, tmp_path):
   data = tmp_path / "data"
-  report = fairseg.build(source, data, **BUILD)
+  report = prepare.build(source, data, **BUILD)
   for path in source.iterdir():
     path.unlink()
-  assert fairseg.build(source, data, **BUILD) == report
-  assert fairseg.check(data) == report
+  assert prepare.build(source, data, **BUILD) == report
+  assert prepare.check(data) == report
   with pytest.raises(FileExistsError, match=r"size 40 x 48 \(now 32 x 32\)"):
-    fairseg.build(source, data, **BUILD | {"size": (32, 32)})
+    prepare.build(source, data, **BUILD | {"size": (32, 32)})
   with pytest.raises(FileExistsError, match=r"crop none \(now 44 x 50\)"):
-    fairseg.build(source, data, **BUILD, crop=(44, 50))
+    prepare.build(source, data, **BUILD, crop=(44, 50))
   with pytest.raises(FileExistsError, match=r"source .*source \(now .*other"):
-    fairseg.build(tmp_path / "other", data, **BUILD)
+    prepare.build(tmp_path / "other", data, **BUILD)
 
 
 def test_killed_build_is_not_taken_for_complete(source, tmp_path, monkeypatch):
@@ -276,15 +276,15 @@ def test_killed_build_is_not_taken_for_complete(source, tmp_path, monkeypatch):
     unfinished.extend(data.glob("fair_seg/*"))
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(fairseg.FairSeg, "_generate_examples", killed)
+  monkeypatch.setattr(storage.Prepared, "_generate_examples", killed)
   with pytest.raises(KeyboardInterrupt):
-    fairseg.build(source, data, **BUILD)
+    prepare.build(source, data, **BUILD)
   assert ["incomplete" in path.name for path in unfinished] == [True]
   unfinished[0].mkdir()  # what a kill would leave
   with pytest.raises(FileNotFoundError):
-    fairseg.load(data, "train")
+    storage.load(data, "train")
   monkeypatch.undo()
-  assert fairseg.build(source, data, **BUILD).usable == 3
+  assert prepare.build(source, data, **BUILD).usable == 3
 
 
 def test_prepare_phantoms(tmp_path):
@@ -306,14 +306,14 @@ def test_prepare_phantoms(tmp_path):
       },
     }
   )
-  report = fairseg.prepare(config, tmp_path)
+  report = prepare.prepare(config, tmp_path)
   assert report.set_aside == []
   assert sum(report.counts["train"]["race"].values()) == 9
   assert sum(report.counts["test"]["race"].values()) == 3
-  assert fairseg.prepare(config, tmp_path) == report
+  assert prepare.prepare(config, tmp_path) == report
   config.phantom.seed = 1
   with pytest.raises(FileExistsError, match=r" seed 0.*now .* seed 1"):
-    fairseg.prepare(config, tmp_path)
+    prepare.prepare(config, tmp_path)
 
 
 def launch(*arguments):
@@ -333,7 +333,7 @@ def test_launch_prepares(source, tmp_path):
   assert result.returncode == 0, result.stderr
   assert "3 cases usable, 0 set aside." in result.stdout
   assert "Unknown size" not in result.stdout
-  cases = fairseg.load(tmp_path / "run/data", "train", progress=False)
+  cases = storage.load(tmp_path / "run/data", "train", progress=False)
   assert cases.image.shape == (2, 32, 32)
 
   result = launch(*options, "--config.data.sise=(64,64)")
@@ -363,10 +363,10 @@ def test_launch_checks(source, tmp_path):
 
 def test_tensorflow_is_not_imported(source, tmp_path):
   code = (
-    "import sys; from fairdiff_jax.data import fairseg; "
-    f"fairseg.build({str(source)!r}, {str(tmp_path / 'data')!r}, size=(32, 32),"
+    "import sys; from fairdiff_jax.data import prepare, storage; "
+    f"prepare.build({str(source)!r}, {str(tmp_path / 'data')!r}, size=(32, 32),"
     " num_points=32, progress=False); "
-    f"fairseg.load({str(tmp_path / 'data')!r}, 'train', progress=False); "
+    f"storage.load({str(tmp_path / 'data')!r}, 'train', progress=False); "
     "assert not {'tensorflow', 'torch'} & set(sys.modules)"
   )
   subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from configs import phantom
 from fairdiff_jax import files
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.models.text_encoder import TextEncoder
 from fairdiff_jax.objectives import latent_space

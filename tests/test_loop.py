@@ -25,7 +25,7 @@ import pytest
 from configs.phantom import get_config
 from fairdiff_jax import files
 from fairdiff_jax.data.attributes import ATTRIBUTES
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.fairness.risk import RunningRisk
 from fairdiff_jax.objectives.joint import FairnessState
 from fairdiff_jax.synthesis import bank

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from patients import BUILD, IMAGE, MASK, eye, patient, write_source
 
-from fairdiff_jax.data import attributes, fairseg, npz
+from fairdiff_jax.data import attributes, npz, prepare
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ BAD = {
 def test_bad_case_is_set_aside_with_its_reason(source, tmp_path, fault):
   changes, message = BAD[fault]
   np.savez(source / "data_00002.npz", **patient(**changes))
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert report.usable == 2
   ((file, reason),) = report.set_aside
   assert file == "data_00002.npz"
@@ -253,7 +253,7 @@ def test_sizes_are_looked_at_before_unpacking(source, name):
   )
   with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr(f"{name}.npy", header.getvalue() + bytes(10**6))
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   ((file, reason),) = report.set_aside
   assert file == "data_00001.npz"
   assert f"array '{name}' claims 70368744177664 bytes" in reason
@@ -286,7 +286,7 @@ def test_one_bad_file_never_ends_a_check(source, tmp_path):
   (source / "data_00006.NPZ").write_bytes(good)
   (source / "incomplete_data_00007.npz").write_bytes(good)
   (source / "data_00003.npz").write_bytes(b"")
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   assert report.usable == 2
   reasons = dict(report.set_aside)
   for file, part in {
@@ -303,7 +303,7 @@ def test_one_bad_file_never_ends_a_check(source, tmp_path):
 def test_names_that_are_no_text_are_set_aside(source, tmp_path):
   name = os.fsdecode(b"data_\xff.npz")
   (source / name).write_bytes((source / "data_00001.npz").read_bytes())
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert report.usable == 3
   assert report.set_aside == [
     ("data_\\udcff.npz", "its name is not UTF-8 text; rename it.")
@@ -342,7 +342,7 @@ def test_any_file_is_used_or_set_aside(tmp_path_factory, arrays, mask):
   np.savez(
     source / "a.npz", **{"slo_fundus": image, "disc_cup_mask": mask} | arrays
   )
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   assert report.usable + len(report.set_aside) == 1
   assert str(source) not in str(report.set_aside)
   str(report)
@@ -362,5 +362,5 @@ def test_any_damage_is_set_aside_or_harmless(tmp_path_factory, data):
   for _ in range(data.draw(st.integers(1, 6))):
     content[data.draw(places)] = data.draw(st.integers(0, 255))
   (source / "a.npz").write_bytes(content)
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   assert report.usable + len(report.set_aside) == 1

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.phantom import get_config
 from fairdiff_jax.data import domain, statistics
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.fairness.risk import RunningRisk
 from fairdiff_jax.objectives.image_space import HINT_COLORS, hint_image

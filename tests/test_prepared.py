@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from patients import BUILD, patient, write_csv, write_source
 
-from fairdiff_jax.data import fairseg
+from fairdiff_jax.data import prepare, storage
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_data_prepared_otherwise_is_refused(source, tmp_path):
   data = tmp_path / "data"
   split = write_list(tmp_path / "a" / "train.txt", 1, 2)
   config = data_config(source=str(source), split=split)
-  fairseg.prepare(config, data)
-  fairseg.require_prepared(config, data)
+  prepare.prepare(config, data)
+  prepare.require_prepared(config, data)
   other = write_list(tmp_path / "b" / "train.txt", 2, 3)
   for field, value, message in (
     ("split", other, r"split train.txt \(sha.*\), but data.split is train.txt"),
@@ -64,14 +64,14 @@ def test_data_prepared_otherwise_is_refused(source, tmp_path):
     ("source", "phantom", "source .*source, but data.source is phantom, bal"),
   ):
     with pytest.raises(ValueError, match=message):
-      fairseg.require_prepared(
+      prepare.require_prepared(
         data_config(**{"source": str(source), "split": split, field: value}),
         data,
       )
   with pytest.raises(
     ValueError, match=r"Change data\.size, data\.num_points, "
   ):
-    fairseg.require_prepared(
+    prepare.require_prepared(
       data_config(source=str(source), split=split, size=(32, 32), num_points=8),
       data,
     )
@@ -81,69 +81,69 @@ def test_directories_and_lists_may_be_moved(source, tmp_path):
   data = tmp_path / "data"
   split = write_list(tmp_path / "train.txt", 1, 2)
   config = data_config(source=str(source), split=split)
-  report = fairseg.prepare(config, data)
+  report = prepare.prepare(config, data)
   moved = tmp_path / "moved"
   moved.mkdir()
   for path in (source, data, tmp_path / "train.txt"):
     shutil.move(path, moved / path.name)
-  fairseg.require_prepared(config, moved / "data")
+  prepare.require_prepared(config, moved / "data")
   config.source = str(moved / "source")
   config.split = write_list(tmp_path / "copy.txt", 2, 1)
-  fairseg.require_prepared(config, moved / "data")
-  assert fairseg.prepare(config, moved / "data") == report
+  prepare.require_prepared(config, moved / "data")
+  assert prepare.prepare(config, moved / "data") == report
   config.source = ""
-  fairseg.require_prepared(config, moved / "data")
+  prepare.require_prepared(config, moved / "data")
 
 
 def test_other_patients_are_refused(source, tmp_path):
   data = tmp_path / "data"
-  fairseg.prepare(data_config(source=str(source)), data)
+  prepare.prepare(data_config(source=str(source)), data)
   other = shutil.copytree(source, tmp_path / "other")
-  fairseg.require_prepared(data_config(source=str(other)), data)
+  prepare.require_prepared(data_config(source=str(other)), data)
   np.savez(other / "data_00009.npz", **patient())
   with pytest.raises(ValueError, match="source .*source, but data.source is "):
-    fairseg.require_prepared(data_config(source=str(other)), data)
+    prepare.require_prepared(data_config(source=str(other)), data)
   # Where files were added later, what was prepared is what was asked for; but
   # asked to prepare it again, one wants the new ones.
   np.savez(source / "data_00009.npz", **patient())
-  fairseg.require_prepared(data_config(source=str(source)), data)
+  prepare.require_prepared(data_config(source=str(source)), data)
   with pytest.raises(FileExistsError, match=r"files 3 \(.*now 4 \("):
-    fairseg.prepare(data_config(source=str(source)), data)
+    prepare.prepare(data_config(source=str(source)), data)
 
 
 def test_another_use_of_the_csv_is_refused(source, tmp_path):
   data, config = tmp_path / "data", data_config(source=str(source))
-  fairseg.prepare(config, data)
+  prepare.prepare(config, data)
   uses = {"data_00001": "test", "data_00002": "train", "data_00003": "test"}
   write_csv(source, uses)
   message = r"split use \(sha256 .*\), but data.split is use \(sha256 .*\)\."
   with pytest.raises(ValueError, match=message):
-    fairseg.require_prepared(config, data)
+    prepare.require_prepared(config, data)
 
 
 def test_other_phantoms_are_refused(tmp_path):
   config = data_config(source="phantom", size=(32, 32), num_points=32)
-  fairseg.prepare(config, tmp_path)
-  fairseg.require_prepared(config, tmp_path)
+  prepare.prepare(config, tmp_path)
+  prepare.require_prepared(config, tmp_path)
   for field in ("train", "test", "seed", "test_seed", "balanced"):
     other = config.copy_and_resolve_references()
     other.phantom[field] = type(other.phantom[field])(12)
     with pytest.raises(ValueError, match=f"source phantom.* {field} .*phantom"):
-      fairseg.require_prepared(other, tmp_path)
+      prepare.require_prepared(other, tmp_path)
   other = data_config(source="/gone", size=(32, 32), num_points=32)
   with pytest.raises(ValueError, match=r"but data\.source is /gone"):
-    fairseg.require_prepared(other, tmp_path)
+    prepare.require_prepared(other, tmp_path)
 
 
 def test_what_is_missing_is_asked_for_and_nothing_else(source, tmp_path):
   data = tmp_path / "not yet"
-  command = "python launch/prepare.py --config CONFIG --config.data.source="
+  command = "fairdiff prepare --config CONFIG --config.data.source="
   where = f"--config.data.directory='{data}'"
   with pytest.raises(FileNotFoundError) as error:
-    fairseg.require_prepared(data_config(source=str(source)), data)
+    prepare.require_prepared(data_config(source=str(source)), data)
   assert f"{command}{source} {where}" in str(error.value)
   with pytest.raises(FileNotFoundError) as error:
-    fairseg.load(data, "train")
+    storage.load(data, "train")
   assert f"{command}NPZ_DIRECTORY {where}" in str(error.value)
 
 
@@ -157,7 +157,7 @@ def test_what_is_missing_is_asked_for_and_nothing_else(source, tmp_path):
 def test_prepare_refuses_before_it_reads(source, tmp_path, changes, message):
   config = data_config(**{"source": str(source)} | changes)
   with pytest.raises(ValueError, match=message):
-    fairseg.prepare(config, tmp_path / "data")
+    prepare.prepare(config, tmp_path / "data")
   assert not (tmp_path / "data").exists()
 
 
@@ -168,26 +168,26 @@ def test_paths_that_cannot_be_read_again_are_refused(
 ):
   config = data_config(source="phantom" if made_up else str(source))
   with pytest.raises(ValueError, match="could not be read again, because of"):
-    fairseg.prepare(config, tmp_path / name)
+    prepare.prepare(config, tmp_path / name)
   assert not (tmp_path / name).exists()
   source.rename(tmp_path / name)  # patients may lie anywhere
-  assert fairseg.check(tmp_path / name, progress=False).usable == 3
+  assert prepare.check(tmp_path / name, progress=False).usable == 3
   config.source = str(tmp_path / name)
-  assert fairseg.prepare(config, tmp_path / "data").usable == 3
+  assert prepare.prepare(config, tmp_path / "data").usable == 3
 
 
 def test_data_in_a_path_that_cannot_be_read_says_so(source, tmp_path):
-  fairseg.build(source, tmp_path / "data", **BUILD)
+  prepare.build(source, tmp_path / "data", **BUILD)
   odd = (tmp_path / "data").rename(tmp_path / "data[1]")
-  for read in (fairseg.check, fairseg.digest, read_all):
+  for read in (prepare.check, storage.digest, read_all):
     with pytest.raises(ValueError, match="could not be read again, because of"):
       read(odd)
 
 
 def test_digest_is_that_of_the_cases(source, tmp_path):
   def digest(name, **options):
-    fairseg.build(source, tmp_path / name, **BUILD | options)
-    return fairseg.digest(tmp_path / name)
+    prepare.build(source, tmp_path / name, **BUILD | options)
+    return storage.digest(tmp_path / name)
 
   first = digest("first")
   assert len(first) == 64
@@ -211,8 +211,8 @@ def test_digest_is_that_of_the_cases(source, tmp_path):
 def test_digest_of_data_that_has_none(source, tmp_path):
   """Earlier versions stored fewer facts."""
   data = tmp_path / "data"
-  fairseg.build(source, data, **BUILD)
-  digest = fairseg.digest(data)
+  prepare.build(source, data, **BUILD)
+  digest = storage.digest(data)
   (path,) = data.glob("fair_seg/*/metadata.json")
   facts = json.loads(path.read_text())
   for key in ("digests", "left_out", "round_trip", "worst"):
@@ -220,21 +220,23 @@ def test_digest_of_data_that_has_none(source, tmp_path):
   facts["settings"] |= {"split": "use", "source": "/elsewhere"}
   del facts["settings"]["files"]
   path.write_text(json.dumps(facts))
-  assert fairseg.digest(data) == digest
-  fairseg.require_prepared(data_config(source=str(source)), data)
-  assert "3 cases usable" in str(fairseg.check(data))
+  assert storage.digest(data) == digest
+  prepare.require_prepared(data_config(source=str(source)), data)
+  assert "3 cases usable" in str(prepare.check(data))
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
   root = tmp_path_factory.mktemp("prepared")
-  fairseg.build(write_source(root / "source"), root / "data", **BUILD)
+  prepare.build(write_source(root / "source"), root / "data", **BUILD)
   files = sorted((root / "data").glob("fair_seg/*/*"))
   return root, {path: path.read_bytes() for path in files}
 
 
 def read_all(directory):
-  return [fairseg.load(directory, s, progress=False) for s in ("train", "test")]
+  """Reads the records, not what has been unpacked of them."""
+  shutil.rmtree(directory / storage.ARRAYS, ignore_errors=True)
+  return [storage.load(directory, s, progress=False) for s in ("train", "test")]
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -255,7 +257,7 @@ def test_damaged_prepared_data_is_named(prepared, number, damage):
     assert str(root / "data") in str(error.value)
     if path.suffix == ".json":  # nor is it taken for prepared
       with pytest.raises(ValueError, match=remedy):
-        fairseg.build(*build, **BUILD)
+        prepare.build(*build, **BUILD)
   finally:
     path.write_bytes(content)
 
@@ -290,23 +292,56 @@ def test_cases_that_were_not_prepared_are_noticed(prepared):
   test.write_bytes(contents[train])
   try:
     with pytest.raises(ValueError, match="not those that were prepared"):
-      fairseg.load(root / "data", "test", progress=False)
+      read_all(root / "data")
   finally:
     test.write_bytes(contents[test])
+
+
+@pytest.mark.parametrize("name", ["image.npy", "points.npy", "rest.npz"])
+def test_damaged_arrays_are_unpacked_again(prepared, name):
+  root, _ = prepared
+  whole = storage.load(root / "data", "train", progress=False)
+  (path,) = (root / "data" / storage.ARRAYS).glob(f"train_*/{name}")
+  content = path.read_bytes()
+  path.unlink()  # what is mapped stays
+  path.write_bytes(content[:-40] + bytes(40))
+  again = storage.load(root / "data", "train", progress=False)
+  assert path.read_bytes() == content
+  np.testing.assert_array_equal(again.image, whole.image)
+  assert not again.image.flags.writeable
+  path.unlink()
+  path.write_bytes(content[:-40])
+  storage.load(root / "data", "train", progress=False)
+  assert path.read_bytes() == content
+
+
+def test_data_that_nobody_may_write_to_is_read(prepared, monkeypatch):
+  root, _ = prepared
+  whole, _ = read_all(root / "data")
+  shutil.rmtree(root / "data" / storage.ARRAYS)
+
+  def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(storage.files, "new_directory", refuse)
+  found = storage.load(root / "data", "train", progress=False)
+  assert not (root / "data" / storage.ARRAYS).exists()
+  np.testing.assert_array_equal(found.image, whole.image)
+  np.testing.assert_array_equal(found.intensity, whole.intensity)
 
 
 def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise RuntimeError("write() failed: No space left on device")
 
-  monkeypatch.setattr(fairseg.FairSeg, "download_and_prepare", full)
+  monkeypatch.setattr(storage.Prepared, "download_and_prepare", full)
   with pytest.raises(OSError, match=r"data: .*No space left .*; make room"):
-    fairseg.build(source, tmp_path / "data", **BUILD)
+    prepare.build(source, tmp_path / "data", **BUILD)
 
 
 def test_the_cases_of_a_split_are_counted(source, tmp_path):
   directory = tmp_path / "data"
-  fairseg.build(source, directory, **BUILD)
-  train = fairseg.load(directory, "train", progress=False)
-  assert fairseg.num_cases(directory, "train") == len(train.name) > 0
-  assert fairseg.num_cases(directory, "another") == 0
+  prepare.build(source, directory, **BUILD)
+  train = storage.load(directory, "train", progress=False)
+  assert storage.num_cases(directory, "train") == len(train.name) > 0
+  assert storage.num_cases(directory, "another") == 0

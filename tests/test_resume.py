@@ -86,7 +86,8 @@ from pathlib import Path
 WORKDIR = Path(sys.argv[1])
 sys.path.insert(0, "launch")
 from configs.phantom import get_config
-from fairdiff_jax.data.fairseg import load, prepare
+from fairdiff_jax.data.prepare import prepare
+from fairdiff_jax.data.storage import load
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from patients import BUILD, patient, write_csv, write_source
 
-from fairdiff_jax.data import fairseg, splits
+from fairdiff_jax.data import prepare, splits, storage
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def source(tmp_path):
 
 def names(directory):
   return {
-    part: fairseg.load(directory, part, progress=False).name
+    part: storage.load(directory, part, progress=False).name
     for part in ("train", "test")
   }
 
@@ -26,7 +26,7 @@ def test_faults_of_the_csv_set_cases_aside(source, tmp_path):
     source,
     {"data_00001": "training", "data_00002": "maybe", "data_00009": "test"},
   )
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert report.usable == 1
   reasons = dict(report.set_aside)
   assert reasons["data_00002.npz"] == (
@@ -44,7 +44,7 @@ def test_cases_are_left_out_on_purpose(source, tmp_path):
   uses = ("Training", "validation", "test", "unused")
   rows = {f"data_0000{i}": use for i, use in enumerate(uses, 1)}
   write_csv(source, rows)
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert (report.usable, report.set_aside) == (2, [])
   assert report.left_out == {"validation": 1, "unused": 1}
   line = "2 cases are left out, as their use says (validation: 1, unused: 1)."
@@ -60,7 +60,7 @@ def test_values_that_cannot_be_read_are_noted(source, tmp_path):
   row = {"use": "training", "ethnicity": "klingon", "race": "Black"}
   rows = dict.fromkeys(("data_00001", "data_00002"), row)
   write_csv(source, rows | {"data_00003": row | {"use": "test"}})
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert report.set_aside == []
   assert report.notes[1:] == [
     "ethnicity: 'klingon' in 3 cases cannot be read and count as unknown; read"
@@ -78,7 +78,7 @@ def test_split_by_the_column_train(source, tmp_path):
   (source / "data_summary.csv").write_text(
     "filename,train,race\ndata_00001.npz,1,White\ndata_00002.npz,0,Asian\n"
   )
-  report = fairseg.build(source, tmp_path / "data", **BUILD)
+  report = prepare.build(source, tmp_path / "data", **BUILD)
   assert report.counts["train"]["gender"]["Female"] == 1
   assert report.counts["test"]["gender"]["Female"] == 1
 
@@ -96,8 +96,8 @@ def test_a_csv_that_cannot_be_read_is_named(source, tmp_path, data):
   path = source / "data_summary.csv"
   path.write_bytes(data)
   with pytest.raises(ValueError, match=r"data_summary\.csv"):
-    fairseg.build(source, tmp_path / "data", **BUILD)
-  report = fairseg.check(source, progress=False)
+    prepare.build(source, tmp_path / "data", **BUILD)
+  report = prepare.check(source, progress=False)
   assert report.usable == 3
   assert report.notes[-1].startswith(f"There is no split to show: {path}")
 
@@ -107,7 +107,7 @@ def test_split_by_list(source, tmp_path, encoding):
   (source / "data_summary.csv").unlink()
   split = tmp_path / "train.txt"
   split.write_text("data_000002.npz\r\ndata_00003\n\n", encoding=encoding)
-  report = fairseg.build(source, tmp_path / "data", split=split, **BUILD)
+  report = prepare.build(source, tmp_path / "data", split=split, **BUILD)
   assert report.settings["split"].startswith("train.txt (sha256 ")
   assert names(tmp_path / "data") == {
     "train": ["data_00002", "data_00003"],
@@ -115,7 +115,7 @@ def test_split_by_list(source, tmp_path, encoding):
   }
   split.write_text("data_00001")
   with pytest.raises(FileExistsError, match="split"):
-    fairseg.build(source, tmp_path / "data", split=split, **BUILD)
+    prepare.build(source, tmp_path / "data", split=split, **BUILD)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_lines_of_a_list_that_do_not_name_one_case(
   split = tmp_path / "train.txt"
   split.write_text(text)
   with pytest.raises(ValueError, match=message):
-    fairseg.build(source, tmp_path / "data", split=split, **BUILD)
+    prepare.build(source, tmp_path / "data", split=split, **BUILD)
   assert not (tmp_path / "data").exists()
 
 
@@ -147,7 +147,7 @@ def test_a_case_in_two_files_is_set_aside(source):
   (source / "data_000001.npz").write_bytes(
     (source / "data_00001.npz").read_bytes()
   )
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   reason = "data_000001.npz, data_00001.npz are one case by their names;"
   assert report.set_aside == [
     ("data_000001.npz", f"{reason} keep one."),
@@ -159,7 +159,7 @@ def test_a_case_in_two_files_is_set_aside(source):
 def test_a_case_in_two_rows_is_set_aside(source):
   rows = {"data_00001": "training", "data_00002": "training"}
   write_csv(source, rows | {"data_00003": "test", "data_000002": "test"})
-  report = fairseg.check(source, progress=False)
+  report = prepare.check(source, progress=False)
   assert report.set_aside == [
     (
       "data_00002.npz",

@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fairdiff_jax import files
 from fairdiff_jax.data import attributes
+from fairdiff_jax.data.cases import Case
 
 MASK_CODES = {0: 0, -1: 1, -2: 2}  # file -> background, rim, cup
 HALF_LEVEL = 0.5 / 255  # of grey, in an image from 0 to 1
@@ -41,26 +42,6 @@ WORDS = {
   "Married": "married or partnered",
   "Separated": "legally separated",
 }
-
-
-class Case(NamedTuple):
-  """One patient at native size.
-
-  Attributes:
-    image: [H, W] uint8.
-    mask: [H, W] uint8, 0 background, 1 rim, 2 cup.
-    attributes: canonical code of every key of ATTRIBUTES (-1 unknown), and
-      `age` in years (-1 unknown).
-    dialect: key of DIALECTS.
-    unread: (attribute, value) of what the file says and nobody can read; it
-      is unknown.
-  """
-
-  image: np.ndarray
-  mask: np.ndarray
-  attributes: dict[str, float]
-  dialect: str
-  unread: tuple[tuple[str, str], ...] = ()
 
 
 def read_case(path: str | os.PathLike) -> Case:

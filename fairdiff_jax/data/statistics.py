@@ -5,8 +5,8 @@ They travel in the checkpoint: sampling needs no data.
 
 import numpy as np
 
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.domain import FUNDUS, Domain
-from fairdiff_jax.data.fairseg import Cases
 
 GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
 DARK = 0.1  # added to brightness in [0, 2], so that black has a logarithm
@@ -57,13 +57,11 @@ def compute(
     of all cases, and all cases 0.
   """
   result = shapes(num_groups, cases.domain)
-  drawn = cases.points.any(axis=(1, 2))
-  flat = cases.points[drawn].reshape(-1, 3)
-  if len(flat):
-    mean = flat.mean(0, dtype=np.float64)
-    std = np.sqrt(((flat - mean) ** 2).mean(dtype=np.float64))
-  else:
-    mean, std = np.zeros(3), 1
+  clouds = [p for p in cases.points if p.any()]
+  mean, std = np.zeros(3), 1.0
+  if clouds:
+    mean = np.mean([p.mean(0, dtype=np.float64) for p in clouds], axis=0)
+    std = np.sqrt(np.mean([np.mean((p - mean) ** 2) for p in clouds]))
   result["points"] = {
     "mean": mean.astype(np.float32),
     "std": np.float32(std),
@@ -71,7 +69,11 @@ def compute(
   if not intensity_prior:
     result["image"]["scale"] += 1
     return result
-  means, count, square = _by_class(cases)
+  measured = cases.intensity
+  if measured is None:
+    pairs = zip(cases.image, cases.mask, strict=True)
+    measured = np.array([by_class(*pair, cases.domain) for pair in pairs])
+  means, count, square = np.moveaxis(measured, 1, 0)
   everyone = np.ones(len(group), bool)
   members = [group == g for g in range(num_groups)]
   members = [m if m.any() else everyone for m in members] + [everyone]
@@ -94,24 +96,26 @@ def compute(
   return result
 
 
-def _by_class(cases):
-  """By case, class and channel [n, I]: mean intensity (NaN without a pixel),
-  number of values, and sum of their squared distances from it."""
-  classes, channels = cases.domain.num_classes, cases.domain.channels
-  shape = (len(cases.image), classes, channels)
-  means, count, square = (
-    np.full(shape, np.nan),
-    np.zeros(shape),
-    np.zeros(shape),
-  )
-  for i, (image, mask) in enumerate(zip(cases.image, cases.mask, strict=True)):
-    x = np.log(image / 127.5 + DARK).reshape(*mask.shape, channels)
-    for c in range(classes):
-      inside = x[mask == c]
-      if len(inside):
-        means[i, c], count[i, c] = inside.mean(0), len(inside)
-        square[i, c] = np.sum((inside - means[i, c]) ** 2, axis=0)
-  return tuple(a.reshape(shape[0], -1) for a in (means, count, square))
+def shape(domain: Domain) -> tuple[int, int]:
+  """Of what `by_class` gives, (3, I)."""
+  return 3, domain.num_classes * domain.channels
+
+
+def by_class(image: np.ndarray, mask: np.ndarray, domain: Domain) -> np.ndarray:
+  """What `compute` takes from a case [3, I], by class and channel.
+
+  Mean of log(image + 1 + DARK), NaN without a pixel, number of pixels, and sum
+  of their squared distances from that mean.
+  """
+  x = np.log(image / 127.5 + DARK).reshape(*mask.shape, domain.channels)
+  means = np.full((domain.num_classes, domain.channels), np.nan)
+  count, square = np.zeros_like(means), np.zeros_like(means)
+  for c in range(domain.num_classes):
+    inside = x[mask == c]
+    if len(inside):
+      means[c], count[c] = inside.mean(0), len(inside)
+      square[c] = np.sum((inside - means[c]) ** 2, axis=0)
+  return np.stack([a.ravel() for a in (means, count, square)])
 
 
 def _mean(values, fallback):

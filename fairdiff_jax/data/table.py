@@ -27,8 +27,8 @@ from PIL import Image
 
 from fairdiff_jax import files
 from fairdiff_jax.data.attributes import UNKNOWN, UNKNOWN_WORDS
+from fairdiff_jax.data.cases import Case, NotAsDeclared, Source
 from fairdiff_jax.data.domain import Domain
-from fairdiff_jax.data.npz import Case
 
 REQUIRED = ("image", "mask", "split")
 SPLITS = {
@@ -40,10 +40,6 @@ SPLITS = {
 }
 ENDS = (0.5, 99.5)  # percentiles that become black and white
 DICOM = (".dcm", ".dicom")
-
-
-class NotAsDeclared(ValueError):
-  """A mask is not what the domain says, and others will not be either."""
 
 
 class Row(NamedTuple):
@@ -117,6 +113,21 @@ def read(path: str | os.PathLike, domain: Domain) -> Table:
     _check_patients(path, lines, rows)
   _check_files(path, rows)
   return Table(rows, vocabulary)
+
+
+def open_table(path: str | os.PathLike, domain: Domain) -> Source:
+  """The cases of a table; raises as `read`."""
+  found = read(path, domain)
+  return Source(
+    name=Path(path).name,
+    items=found.rows,
+    names=[row.name for row in found.rows],
+    read=lambda row: (row.split, read_case(row, domain), ()),
+    parts=("train", "validation", "test"),
+    strict=False,
+    domain=domain,
+    vocabulary=found.vocabulary,
+  )
 
 
 def read_case(row: Row, domain: Domain) -> Case:

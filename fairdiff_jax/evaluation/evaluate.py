@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import domain as domains
-from fairdiff_jax.data.fairseg import Cases, digest, load, num_cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import normalize
+from fairdiff_jax.data.storage import digest, load, num_cases
 from fairdiff_jax.evaluation import realism, report, segmentation
 from fairdiff_jax.evaluation.results import (
   describe_baseline,

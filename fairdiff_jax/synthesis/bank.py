@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from fairdiff_jax import files
 from fairdiff_jax.data import domain as domains
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
   Generated,

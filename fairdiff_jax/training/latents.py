@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from fairdiff_jax import files
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.objectives.latent_space import (
   encode_image,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import Prefetcher
 from fairdiff_jax.training.banks import Synthetic
 from fairdiff_jax.training.schedule import active_networks, due

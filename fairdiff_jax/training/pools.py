@@ -6,7 +6,7 @@ import numpy as np
 
 from fairdiff_jax.data import groups
 from fairdiff_jax.data.augment import generators_recipe
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import Pool, draw, make_batch
 from fairdiff_jax.data.mixture import (
   group_sizes,

@@ -14,7 +14,7 @@ import numpy as np
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
 from fairdiff_jax.data import domain
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.training import schedule
 from fairdiff_jax.training.banks import (
   bank_directory,

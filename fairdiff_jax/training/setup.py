@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from fairdiff_jax.config import check
 from fairdiff_jax.data import domain, groups, statistics
-from fairdiff_jax.data.fairseg import Cases
+from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
 from fairdiff_jax.training.checkpoint import describe
 from fairdiff_jax.training.latents import cached_shape

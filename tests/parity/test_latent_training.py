@@ -19,7 +19,7 @@ from test_latent_space import tiny_config
 from configs import fairseg as recipes
 from configs.phantom import get_config
 from fairdiff_jax import config as configs
-from fairdiff_jax.data import fairseg, npz
+from fairdiff_jax.data import npz, storage
 from fairdiff_jax.data.loader import Pool, make_batch
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.models.stable_diffusion import (
@@ -184,7 +184,7 @@ def data(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cases(data):
-  return fairseg.load(data, "train", progress=False)
+  return storage.load(data, "train", progress=False)
 
 
 def test_import_is_of_the_prompts_given(pipeline, weights):
@@ -373,7 +373,7 @@ import sys
 import jax
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
 from fairdiff_jax import config
-from fairdiff_jax.data.fairseg import load
+from fairdiff_jax.data.storage import load
 from fairdiff_jax.training.latents import cached_latents
 from fairdiff_jax.training.mesh import make_mesh
 config = config.load(sys.argv[3])

@@ -1,0 +1,89 @@
+"""Cases: one at native size, many that are prepared, and some not read yet."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fairdiff_jax.data import attributes, groups
+from fairdiff_jax.data.domain import FUNDUS, Domain
+
+
+class Case(NamedTuple):
+  """One patient at native size.
+
+  Attributes:
+    image: uint8 [H, W], or RGB [H, W, 3].
+    mask: uint8 [H, W], classes of the domain.
+    attributes: code by attribute, -1 unknown; of FairSeg's also `age` in years.
+    dialect: the form that its file had.
+    unread: (attribute, value) of what the file says and nobody can read; it
+      is unknown.
+  """
+
+  image: np.ndarray
+  mask: np.ndarray
+  attributes: dict[str, float]
+  dialect: str
+  unread: tuple[tuple[str, str], ...] = ()
+
+
+class Cases(NamedTuple):
+  """Prepared patients in memory.
+
+  Attributes:
+    name: n case names (stems of the files).
+    image: [n, H, W] uint8, or RGB [n, H, W, 3].
+    mask: [n, H, W] uint8, classes of the domain.
+    points: [n, N, 3] float32, (row, column) in pixels of H x W, and z; zeros
+      for a case that the mask generator leaves out.
+    attributes: [n] int32 for every attribute, -1 unknown.
+    vocabulary: words of every attribute.
+    domain: what masks and images show.
+    intensity: [n, 3, I] float64, as `statistics.by_class` measures it; None
+      where nobody has.
+  """
+
+  name: list[str]
+  image: np.ndarray
+  mask: np.ndarray
+  points: np.ndarray
+  attributes: dict[str, np.ndarray]
+  vocabulary: groups.Vocabulary = attributes.ATTRIBUTES
+  domain: Domain = FUNDUS
+  intensity: np.ndarray | None = None
+
+
+class Source(NamedTuple):
+  """Patients who are not read yet.
+
+  Attributes:
+    name: of where they are from.
+    items: what `read` takes, one for every file or row.
+    names: of the items.
+    read: item -> (part, case, differing): the split that it belongs to; None
+      for a case that the source leaves out, in the part that says why; and
+      attributes in which the source contradicts itself. It raises ValueError
+      or OSError for a case to set aside, NotAsDeclared for all.
+    parts: the splits that are written.
+    strict: whether a case that lacks a structure, or whose points do not give
+      its mask back, is set aside; it is else kept, with a cloud of zeros.
+    domain: what masks and images show.
+    vocabulary: words of every attribute; {} for FairSeg's.
+    notes: used cases by name -> what else there is to say of them, one
+      sentence each.
+  """
+
+  name: str
+  items: Sequence[Any]
+  names: Sequence[str]
+  read: Callable[[Any], tuple[str, Case | None, Sequence[str]]]
+  parts: tuple[str, ...]
+  strict: bool
+  domain: Domain
+  vocabulary: groups.Vocabulary
+  notes: Callable[[Mapping[str, Any]], list[str]] = lambda used: []
+
+
+class NotAsDeclared(ValueError):
+  """A case is not what the domain says, and others will not be either."""

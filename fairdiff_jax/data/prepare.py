@@ -1,0 +1,458 @@
+"""From patients' files to prepared arrays.
+
+A source's cases (`fairseg`: npz files, `table`: a csv, `phantom`: made up) are
+checked, brought to one size (`examine`) and written (`storage`), once. A case
+that cannot be used is set aside and listed with its reason in the `Report`,
+which is stored with the data; no case is dropped silently.
+"""
+
+import collections
+import concurrent.futures
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import tqdm
+
+from fairdiff_jax import files
+from fairdiff_jax.data import (
+  attributes,
+  fairseg,
+  groups,
+  phantom,
+  splits,
+  storage,
+  table,
+)
+from fairdiff_jax.data import domain as domains
+from fairdiff_jax.data.cases import NotAsDeclared, Source
+from fairdiff_jax.data.domain import FUNDUS
+from fairdiff_jax.data.examine import Found, examine, report_on
+from fairdiff_jax.data.npz import SUMMARY
+from fairdiff_jax.data.report import Report, plain
+
+_MADE_UP = "phantom, "  # how the settings' source begins for phantoms
+
+
+def build(
+  source: str | os.PathLike,
+  directory: str | os.PathLike,
+  *,
+  size: tuple[int, int],
+  num_points: int,
+  split: str = "use",
+  crop: tuple[int, ...] = (),
+  progress: bool = True,
+) -> Report:
+  """Prepares a directory of npz files, once.
+
+  A directory that was prepared with the same settings is left as it is; this
+  holds even where the source is gone.
+
+  Args:
+    source: directory of npz files, with data_summary.csv in it or in its
+      folder ReadMe (optional with a list file).
+    directory: where to write the prepared data.
+    size: (H, W) of the prepared images, in pixels.
+    num_points: N, points of a case's contours.
+    split: "use" for the csv's column, or the path of a list of the training
+      cases, one file name or stem a line; all others are test cases.
+    crop: (H, W) of the centre of the native images that is resized, in pixels;
+      () for all of them.
+    progress: show a progress bar.
+
+  Returns:
+    The report, also stored with the data.
+
+  Raises:
+    FileNotFoundError: no such source, csv or list.
+    FileExistsError: `directory` was prepared with other settings, or from
+      other files.
+    OSError: it cannot be written.
+    ValueError: bad settings, csv or list, a path that cannot be read again, no
+      usable case, or none to train on.
+  """
+  files.require_plain(directory, "data.directory")
+  source = Path(source)
+  settings = _settings(
+    source, source, size=size, num_points=num_points, split=split, crop=crop
+  )
+  return _reuse(directory, settings) or _write(
+    fairseg.open_directory(source, split), directory, settings, progress
+  )
+
+
+def prepare(config: Any, directory: str | os.PathLike) -> Report:
+  """Prepares the data that a run's `config.data` asks for.
+
+  Args:
+    config: fields source ("phantom", a table, or a directory of npz files),
+      domain, size, num_points, split, crop, attribute, and phantom, the
+      arguments of `phantom.write`.
+    directory: where to write the prepared data; phantoms are first written to
+      a folder in it as npz files.
+
+  Returns, raises: see `build`; ValueError also for an unknown attribute.
+  """
+  if not config.source:
+    raise ValueError(
+      "data.source is empty; give --config.data.source=cases.csv, "
+      "=NPZ_DIRECTORY, or =phantom for made-up patients."
+    )
+  from_table = _is_table(config.source)
+  if not from_table:
+    if domains.of(config.domain) != FUNDUS:
+      raise ValueError(
+        f"data.domain={config.domain!r} is not fundus, which is what the npz "
+        "files show; give a table (.csv) of your patients as data.source."
+      )
+    groups.group_names(
+      config.attribute, (), attributes.ATTRIBUTES | {"age": ("0",)}
+    )
+  if not from_table and config.source != "phantom":
+    return build(
+      config.source,
+      directory,
+      size=config.size,
+      num_points=config.num_points,
+      split=config.split,
+      crop=config.crop,
+    )
+  files.require_plain(directory, "data.directory")
+  settings = _settings_of(config)
+  stored = _reuse(directory, settings)
+  if stored:
+    return stored
+  if from_table:
+    source = table.open_table(
+      config.source, domains.of(config.domain, config.source)
+    )
+    groups.recorded(config.attribute, source.vocabulary)
+    return _write(source, directory, settings)
+  size, made = tuple(config.size), config.phantom.to_dict()
+  name = "-".join(
+    ("phantom", *(f"{k}_{v}" for k, v in made.items()), *map(str, size))
+  )
+  source = Path(directory) / name
+  if not source.exists():
+    with files.new_directory(source) as incomplete:
+      phantom.write(incomplete, shape=size, **made)
+  return _write(
+    fairseg.open_directory(source, config.split), directory, settings
+  )
+
+
+def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
+  """Reports on a table, npz files or prepared data; writes nothing.
+
+  Raises:
+    FileNotFoundError: no such directory, or no npz file in it.
+    ValueError: the prepared data is damaged.
+  """
+  if storage.is_prepared(source):
+    return storage.stored_report(source)
+  source = Path(source)
+  settings, notes = {"source": str(source)}, []
+  if _is_table(source):
+    opened = table.open_table(source, domains.of("", str(source)))
+  else:
+    try:
+      opened = fairseg.open_directory(source, "use")
+    except FileNotFoundError:
+      opened = fairseg.open_directory(source, None)
+      notes.append(f"There is no {SUMMARY}, so no split to show.")
+    except (ValueError, OSError) as error:
+      opened = fairseg.open_directory(source, None)
+      notes.append(f"There is no split to show: {error}")
+  report = _collect(opened, settings, None, progress)[1]
+  report.notes.extend(notes)
+  return report
+
+
+def require_prepared(config: Any, directory: str | os.PathLike) -> None:
+  """Raises ValueError unless data was prepared as a `config.data` asks.
+
+  Fields are compared by content: directories and lists may be moved. What is
+  no longer there, a source or a list, is not read again; a list that is gone
+  is known by its name.
+
+  Args:
+    config: fields as for `prepare`.
+    directory: of the prepared data.
+
+  Raises:
+    FileNotFoundError: the directory is not prepared.
+    ValueError: it was prepared with other fields, or is damaged.
+  """
+  stored = storage.require(directory, config.source).settings
+  wanted = _settings_of(config)
+  differing = _differing(stored, wanted)
+  differing.pop("files", None)
+  origins = (s.get("source", "") for s in (stored, wanted))
+  made_up = any(origin.startswith(_MADE_UP) for origin in origins)
+  known = made_up or ("files" in stored and "files" in wanted)
+  if not (config.source and known):
+    differing.pop("source", None)
+  if differing:
+    found = " and ".join(
+      f"{key} {old}, but data.{key} is {new}"
+      for key, (old, new) in differing.items()
+    )
+    raise ValueError(
+      f"{directory} was prepared with {found}. Change "
+      f"{', '.join(f'data.{key}' for key in differing)}, or prepare another "
+      "directory (launch/prepare.py)."
+    )
+
+
+def _settings_of(config: Any) -> dict[str, Any]:
+  """The settings that a `config.data` asks for."""
+  if _is_table(config.source):
+    return _table_settings(config)
+  made = None
+  if config.source == "phantom":
+    made = [f"{k} {plain(v)}" for k, v in config.phantom.to_dict().items()]
+  return _settings(
+    _MADE_UP + ", ".join(made) if made else config.source,
+    Path(config.source) if config.source and not made else None,
+    size=config.size,
+    num_points=config.num_points,
+    split=config.split,
+    crop=config.crop,
+  )
+
+
+def _settings(
+  origin: str | os.PathLike,
+  source: Path | None,
+  *,
+  size: Sequence[int],
+  num_points: int,
+  split: str,
+  crop: Sequence[int],
+) -> dict[str, Any]:
+  """Checks the settings and puts them in the form that is stored.
+
+  Args:
+    origin: where the patients are from, in words.
+    source: their directory, which is fingerprinted if it is there: file names
+      and sizes, and the split. None if there is none.
+    size: as for `build`, as are num_points, split and crop.
+  """
+  sides = [int(side) for side in size]
+  if len(sides) != 2 or min(sides) < 8:
+    raise ValueError(
+      f"size must be (H, W) with at least 8 pixels a side, not {tuple(size)}."
+    )
+  if crop and (len(crop) != 2 or min(crop) < 8):
+    raise ValueError(
+      "crop must be (H, W) with at least 8 pixels a side, or () for none, not "
+      f"{tuple(crop)}."
+    )
+  if num_points < 8:
+    raise ValueError(f"num_points must be at least 8, not {num_points}.")
+  settings = {"source": str(source.resolve() if source else origin)}
+  paths = fairseg.npz_files(source) if source else []
+  if paths:
+    listed = (
+      f"{path.name} {path.stat().st_size if path.exists() else 0}"
+      for path in paths
+    )
+    settings["files"] = f"{len(paths)} {splits.fingerprint(listed)}"
+  settings |= {
+    "size": sides,
+    "num_points": int(num_points),
+    "split": splits.describe(split, source),
+  }
+  return settings | ({"crop": [int(side) for side in crop]} if crop else {})
+
+
+def _differing(
+  stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+  """Settings that are not the same in content, as {key: (stored, wanted)}.
+
+  A moved source is the same if its files are, and so is what nobody knows.
+  """
+  differing = {}
+  for key in stored | wanted:
+    old, new = stored.get(key), wanted.get(key)
+    if key in ("files", "split", "domain"):
+      same = None in (old, new) or splits.same(old, new)
+    else:
+      same = old == new
+    if not same:
+      differing[key] = plain(old or "none"), plain(new or "none")
+  if "files" in stored and "files" in wanted and "files" not in differing:
+    differing.pop("source", None)
+  return differing
+
+
+def _reuse(
+  directory: str | os.PathLike, settings: dict[str, Any]
+) -> Report | None:
+  """Returns the report of a directory prepared with the same settings."""
+  if not storage.is_prepared(directory):
+    return None
+  report = storage.stored_report(directory)
+  differing = _differing(report.settings, settings)
+  if differing:
+    listed = ", ".join(
+      f"{key} {old} (now {new})" for key, (old, new) in differing.items()
+    )
+    raise FileExistsError(
+      f"{directory} was prepared with {listed}. Name another directory with "
+      "--config.data.directory, or delete this one."
+    )
+  return report
+
+
+def _write(
+  source: Source,
+  directory: str | os.PathLike,
+  settings: dict[str, Any],
+  progress: bool = True,
+) -> Report:
+  """Reads, checks and writes all cases; returns the report that is stored."""
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=directory) as spool:
+    by_part, report = _collect(source, settings, spool, progress)
+    if not report.usable and report.set_aside:
+      name, reason = report.set_aside[0]
+      raise ValueError(
+        f"{settings['source']}: not one of the {len(report.set_aside)} cases "
+        f"can be used. The first is {name}: {reason}"
+      )
+    if not by_part["train"]:
+      others = report.usable, "another" if not source.strict else "the test"
+      raise ValueError(
+        f"{settings['source']}: no usable case is in the training split by "
+        f"{settings['split']!r}; {others[0]} are in {others[1]} split, "
+        f"{len(report.set_aside)} are set aside and "
+        f"{sum(report.left_out.values())} are left out."
+      )
+    records = {
+      part: _unspooled(spool, found) for part, found in by_part.items() if found
+    }
+    try:
+      storage.write(directory, records, report)
+    except FileExistsError:  # another process was faster
+      return _reuse(directory, settings)
+  return report
+
+
+def _collect(
+  source: Source,
+  settings: dict[str, Any],
+  spool: BinaryIO | None,
+  progress: bool,
+) -> tuple[dict[str, list[Found]], Report]:
+  """Reads every case of a source.
+
+  Args:
+    source: of the cases.
+    settings: crop, size and num_points; without a size nothing is resized,
+      without num_points clouds are whole contours.
+    spool: where pixels are kept, which would fill the memory.
+    progress: show a progress bar.
+
+  Returns:
+    {split: what was found, in the order of the source} and the report.
+  """
+
+  def read(item, name):
+    try:
+      part, case, differing = source.read(item)
+      if case is None:
+        return part
+      found = examine(case, name.removesuffix(".npz"), settings, source)
+      return found._replace(part=part, differing=differing)
+    except NotAsDeclared:
+      raise
+    except (ValueError, OSError) as error:
+      return error
+
+  used, left_out, set_aside = {}, collections.Counter(), []
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    results = tqdm.tqdm(
+      pool.map(read, source.items, source.names),
+      desc=f"read {source.name}",
+      total=len(source.items),
+      disable=not progress,
+    )
+    for name, result in zip(source.names, results, strict=True):
+      if isinstance(result, Exception):
+        set_aside.append((name, str(result)))
+      elif isinstance(result, str):
+        left_out[result] += 1
+      else:
+        used[name] = _spooled(spool, result) if spool else result
+  held = {f.part for f in used.values()}
+  by_part = {
+    part: [f for f in used.values() if f.part == part]
+    for part in source.parts
+    if part in held or part != "validation"
+  }
+  report = report_on(used, by_part, settings, source)
+  report.set_aside.extend(set_aside)
+  report.left_out.update(left_out)
+  return by_part, report
+
+
+def _spooled(spool: BinaryIO, found: Found) -> Found:
+  """Moves a record's bytes to a file; in their place are (start, length)."""
+  record = dict(found.record)
+  for name in ("image", "mask"):
+    record[name] = spool.tell(), spool.write(record[name])
+  return found._replace(record=record)
+
+
+def _unspooled(
+  spool: BinaryIO, found: Sequence[Found]
+) -> Iterator[dict[str, Any]]:
+  """The records of what was found."""
+  for case in found:
+    record = dict(case.record)
+    for name in ("image", "mask"):
+      start, length = record[name]
+      spool.seek(start)
+      record[name] = spool.read(length)
+    yield record
+
+
+def _is_table(source: str | os.PathLike) -> bool:
+  return str(source).lower().endswith(".csv")
+
+
+def _table_settings(config: Any) -> dict[str, Any]:
+  """The settings of a table, in the form that is stored."""
+  path = Path(config.source)
+  if config.split != "use":
+    raise ValueError(
+      f"data.split={config.split!r} is for npz files; a table has its column"
+      " split"
+    )
+  settings = _settings(
+    path.resolve(),
+    None,
+    size=config.size,
+    num_points=config.num_points,
+    split="use",
+    crop=config.crop,
+  )
+  settings["split"] = "column split"
+  if not path.is_file():
+    return settings
+  domain = domains.of(config.domain, config.source)
+  found = table.read(path, domain)
+  named = {p for row in found.rows for p in (row.image, *row.masks) if p}
+  listed = [
+    f"{os.path.relpath(p, path.parent)} {p.stat().st_size}" for p in named
+  ]
+  listed += [files.read_text(path)]
+  settings["files"] = f"{len(named)} {splits.fingerprint(listed)}"
+  settings["domain"] = domains.text(domain)
+  return settings
