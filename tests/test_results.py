@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs.phantom import get_config
+from fairdiff_jax import config as configs
 from fairdiff_jax import files
 from fairdiff_jax.evaluation import report, results
 from fairdiff_jax.experiment import baseline_config
@@ -99,12 +100,29 @@ def test_what_the_baseline_is():
   assert text.endswith(" and gap")
 
 
-def test_provenance():
-  found = results.provenance(1.234)
-  assert list(found) == [
-    *("date", "version", "commit", "jax", "devices", "seconds", "command")
+def test_what_a_run_tells(tmp_path):
+  config = smoke()
+  found = results.about_run(config, tmp_path)
+  assert found["made_up"] and not found["baseline"]
+  assert found["baseline_start"] == 2
+  assert [tuple(p) for p in found["phases"]] == [
+    (0, 2, ("points", "image")),
+    (2, 8, ("points", "image", "segmenter")),
   ]
-  assert found["seconds"] == 1.2 and found["devices"] == "8 x cpu"
+  configs.claim(tmp_path / "baseline", baseline_config(config))
+  found = results.about_run(smoke(data__source="cases.csv"), tmp_path)
+  assert not found["made_up"]
+  assert found["baseline"].startswith("the same segmenter, trained on real")
+  (tmp_path / "baseline" / "config.json").write_text("{")
+  assert not results.about_run(config, tmp_path)["baseline"]
+
+
+def test_provenance():
+  found = results.provenance()
+  assert list(found) == [
+    *("date", "version", "commit", "jax", "devices", "command")
+  ]
+  assert found["devices"] == "8 x cpu"
   assert found["date"].endswith("+00:00")
   json.dumps(found)
 

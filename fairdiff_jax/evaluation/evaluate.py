@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,12 +18,7 @@ from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.data.storage import digest, load, num_cases
-from fairdiff_jax.evaluation import realism, report, segmentation
-from fairdiff_jax.evaluation.results import (
-  describe_baseline,
-  epoch,
-  provenance,
-)
+from fairdiff_jax.evaluation import realism, report, results, segmentation
 from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import Generated, make_generator
@@ -32,7 +26,7 @@ from fairdiff_jax.training.banks import bank_directory, read_bank
 from fairdiff_jax.training.checkpoint import network, restore_inference
 from fairdiff_jax.training.mesh import map_batch
 from fairdiff_jax.training.pools import case_groups, makers
-from fairdiff_jax.training.schedule import bank_step, learning_steps, phases
+from fairdiff_jax.training.schedule import bank_step, learning_steps
 from fairdiff_jax.training.setup import Setup, setup
 
 BASELINE = "Baseline (Repeat Sample)"
@@ -181,7 +175,7 @@ def evaluate(
     FileNotFoundError: no such run, or it has no checkpoint.
     ValueError: unknown definitions, or other data than the run was trained on.
   """
-  workdir, began = Path(workdir), time.monotonic()
+  workdir = Path(workdir)
   record = configs.load_record(workdir)
   config = record.config
   evaluation = evaluation or config.evaluation
@@ -257,11 +251,6 @@ def evaluate(
   title = f"Fair segmentation of {workdir.name}"
   if not predictions:
     title = f"{workdir.name}, without segmentation figures"
-  about_baseline = ""
-  if BASELINE in predictors:
-    about_baseline = describe_baseline(
-      config, configs.load(workdir / "baseline")
-    )
   return report.write(
     directory or workdir / report.DIRECTORY,
     title=title,
@@ -274,22 +263,17 @@ def evaluate(
     },
     reason=reason,
     notices=notices,
-    baseline=about_baseline,
-    made_up=config.data.source == "phantom",
     cases=cases,
     synthetic=synthetic,
     realism=realistic,
     agreement=agreements,
     counts=counts,
-    epoch=epoch(
+    epoch=results.epoch(
       *(config, names, train_group),
       [counts[name]["synthetic"] for name in names],
       None if bank == "none" else workdir / "bank" / bank,
     ),
     log=workdir / "metrics.jsonl",
-    baseline_log=workdir / "baseline" / "metrics.jsonl",
-    baseline_start=learning_steps(config, "segmenter")[0],
-    phases=phases(config),
     facts={
       "data": config.data.source,
       "attribute": config.data.attribute,
@@ -315,9 +299,9 @@ def evaluate(
       "equity scaling": definitions.equity,
       "config sha256": configs.config_hash(config),
     },
-    provenance=provenance(time.monotonic() - began),
     definitions=definitions,
     domain=domain,
+    **results.about_run(config, workdir),
   )
 
 

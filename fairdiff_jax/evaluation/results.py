@@ -339,6 +339,30 @@ def epoch(
   return result
 
 
+def about_run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+  """The fields of `Results` that a run's config and directory tell.
+
+  Args:
+    config: the run's config.
+    workdir: its directory.
+  """
+  from fairdiff_jax.training.schedule import phases  # with JAX: it is slow
+
+  baseline = workdir / "baseline"
+  try:
+    about = describe_baseline(config, configs.load(baseline))
+  except (OSError, ValueError):  # there is none, or none that can be used
+    about = ""
+  return {
+    "baseline": about,
+    "made_up": config.data.source == "phantom",
+    "baseline_log": baseline / "metrics.jsonl",
+    "baseline_start": configs.span(config, "segmenter")[0],
+    "phases": phases(config),
+    "provenance": provenance(),
+  }
+
+
 def describe_baseline(config: ConfigDict, baseline: ConfigDict) -> str:
   """What a run's baseline is, a clause that follows 'the baseline is'."""
   steps = [
@@ -363,17 +387,14 @@ def describe_baseline(config: ConfigDict, baseline: ConfigDict) -> str:
   )
 
 
-def provenance(seconds: float) -> dict[str, Any]:
-  """Where and when the figures were made.
-
-  Args:
-    seconds: what the evaluation took.
+def provenance() -> dict[str, Any]:
+  """Where and when figures are made.
 
   Returns:
     `date` (UTC), `version` of this package, `commit` (None if unknown), `jax`,
-    `devices`, `seconds`, `command`.
+    `devices`, `command`.
   """
-  import jax  # not before there is something to ask: it is slow
+  import jax  # only where it is there anyway: it is slow
 
   kinds = [device.device_kind for device in jax.devices()]
   devices = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
@@ -385,7 +406,6 @@ def provenance(seconds: float) -> dict[str, Any]:
     "commit": _commit(),
     "jax": jax.__version__,
     "devices": ", ".join(f"{n} x {kind}" for kind, n in devices.items()),
-    "seconds": round(seconds, 1),
     "command": shlex.join(sys.argv),
   }
 

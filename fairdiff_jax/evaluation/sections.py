@@ -38,7 +38,6 @@ PROVENANCE = {
   "jax": "JAX",
   "devices": "devices of the evaluation",
   "command": "command",
-  "seconds": "evaluation, s",
   "training_seconds": "training, s",
   "baseline_seconds": "training of the baseline, s",
 }
