@@ -218,8 +218,8 @@ def render(
 ) -> str:
   """The page."""
   note = (
-    f"Diamond and line: ES-Dice and its {100 * LEVEL:.0f} % interval. Axes do"
-    " not start at 0."
+    f"Diamond and line: ES-Dice and its {100 * LEVEL:.0f} % interval. Axes are"
+    " zoomed."
   )
   sections = [Section("Dice by method", page.PARTS.charts(charts), note)]
 

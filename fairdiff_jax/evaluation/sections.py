@@ -160,7 +160,7 @@ def dice_by_group(results: Results) -> Section | None:
     figures.dots(cls, results.summaries, sized)
     for cls in results.domain.reported
   ]
-  note = "In points. Lines are 95% intervals. Axes do not start at 0."
+  note = "In points. Lines are 95% intervals. Axes are zoomed."
   return Section("Dice by group", PARTS.charts(charts), note)
 
 

@@ -126,8 +126,8 @@ def _unlearned(summaries: Mapping[str, dict], cls: str) -> str:
     dice = summary[cls]["dice"]["overall"]
     if dice is not None and dice < FLOOR:
       return (
-        f"this segmenter has learned nothing ({name}: Dice {number(dice)} over"
-        f" all cases, below {number(FLOOR, digits=0)})"
+        f"this segmenter has learned nothing ({name}: Dice {number(dice)} of"
+        f" the {cls} over all cases, below {number(FLOOR, digits=0)})"
       )
   return ""
 
