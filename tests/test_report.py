@@ -346,11 +346,10 @@ def test_the_page_of_many_cases_stays_small(tmp_path):
     columns[key] = rng.uniform(0, 1, 2000)
   models = {"Ours": columns}
   cases = {"image": image, "label": label, "prediction": label}
-  shown = Results(title="t", models=models, cases=cases)
-  size = len(sections.browse(shown).body) + len(
-    sections.worst_cases(shown).body
-  )
-  assert size < 6e6
+  synthetic = {"image": image, "mask": label, "group": columns["group"]}
+  shown = Results(title="t", models=models, cases=cases, synthetic=synthetic)
+  drawn = sections.worst_cases, sections.browse, sections.real_beside_synthetic
+  assert sum(len(section(shown).body) for section in drawn) < 8e6
 
 
 def test_parts_without_data_are_left_out(written, case, tmp_path):
@@ -548,3 +547,23 @@ def test_arguments_are_checked(case, tmp_path):
       models={"A": ours},
       cases={"image": case["image"][1:]},
     )
+
+
+def test_curves_that_belong_together_share_a_chart(tmp_path):
+  """Each loss has its own; what is dashed is the baseline's."""
+  line = {"step": 1, "loss/a": 1, "loss/total": 1, "risk/A": 1, "risk/B": 1}
+  validated = {f"validation/dice/{g}": 1 for g in "AB"}
+  for name, record in (("log", line | validated), ("baseline_log", line)):
+    (tmp_path / name).write_text(json.dumps(record))
+  logs = {name: tmp_path / name for name in ("log", "baseline_log")}
+  made = Results(title="t", models={}, reason="none", **logs)
+  shown = Page(sections.training(made).body)
+  labels = [a["aria-label"] for tag, a in shown.tags if tag == "svg"]
+  assert [label.partition(":")[2] for label in labels[:2]] == [
+    " a over training steps: a 1 to 1, a, baseline 1 to 1",
+    " total over training steps: total 1 to 1",
+  ]
+  assert labels[2].startswith("Risk by group over training steps: A 1 to 1, B")
+  assert labels[2].endswith("B, baseline 1 to 1")
+  assert labels[3].startswith("validation/dice over training steps: A 1 to 1, ")
+  assert len(labels) == 4

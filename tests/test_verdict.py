@@ -128,7 +128,9 @@ def test_nothing_is_said_of_a_segmenter_that_has_learned_nothing(who):
   assert {f.word for f in found.findings.values()} == {verdict.SILENT}
   (claim,) = found.claims
   name = ("Ours", "Other")[who]
-  assert f"this segmenter has learned nothing ({name}: Dice 5.3 of the cup" in claim
+  assert (
+    f"this segmenter has learned nothing ({name}: Dice 5.3 of the cup" in claim
+  )
   alone = conclude(columns((0.05, 0.05, 0.06)))
   assert "learned nothing" in alone.claims[0]
 

@@ -16,8 +16,10 @@ from fairdiff_jax.evaluation import page
 from fairdiff_jax.evaluation.page import INK, MARKERS, PALETTE, number
 
 WIDTH = 4.2  # inches of a chart
-THUMBNAIL = 320  # pixels of the longer side of an inlined image
-SMALL = 112  # the same, of one among many
+# Pixels of the longer side of an image: alone, in a strip, one among many.
+LARGE, MIDDLE, SMALL = 320, 200, 112
+LOSSLESS = 128  # up to which it is as it was, but of one among many
+QUALITY = 85  # of JPEG
 SPAN = 2.0  # points that an axis shows at least: less is no difference
 NARROW = 0.14  # share of the steps shown below which a phase's name has no room
 DASHES = ("-", "--", ":", "-.")
@@ -224,29 +226,31 @@ def _outline(mask: np.ndarray, domain: Domain, scale: float = 1) -> str:
 
 
 def picture(
-  image: np.ndarray, alt: str, domain: Domain, **masks: np.ndarray
+  image: np.ndarray,
+  alt: str,
+  domain: Domain,
+  most: int = LARGE,
+  **masks: np.ndarray,
 ) -> Markup:
-  """A uint8 image, grey or RGB, with the outlines of the masks over it."""
-  height, width = image.shape[:2]
-  small = Image.fromarray(np.ascontiguousarray(image, np.uint8))
-  small.thumbnail((THUMBNAIL, THUMBNAIL))
-  buffer = io.BytesIO()
-  small.save(buffer, "PNG", optimize=True)
-  address = page.data_address("png", buffer.getvalue())
-  outlines = {css: _outline(mask, domain) for css, mask in masks.items()}
-  return page.PARTS.picture(alt, width, height, address, outlines)
+  """An image with the outlines of the masks over it.
 
-
-def thumbnail(
-  image: np.ndarray, alt: str, domain: Domain, **masks: np.ndarray
-) -> Markup:
-  """As `picture`, some kilobytes: one among many."""
-  step = -(-max(image.shape[:2]) // SMALL)
+  Args:
+    image: uint8 `[H, W]`, or RGB `[H, W, 3]`.
+    alt: what it shows, in words.
+    domain: what masks show.
+    most: pixels of its longer side; a larger image is made smaller. What is
+      larger than `LOSSLESS` then loses a little to JPEG.
+    **masks: `[H, W]`, by what the style sheet calls their outlines.
+  """
   height, width = image.shape[:2]
+  step = -(-max(height, width) // most)
   small = Image.fromarray(np.ascontiguousarray(image, np.uint8)).reduce(step)
+  lossless = max(small.size) <= LOSSLESS and most > LOSSLESS
+  kind = "png" if lossless else "jpeg"
+  options = {"optimize": True} if lossless else {"quality": QUALITY}
   buffer = io.BytesIO()
-  small.save(buffer, "JPEG", quality=70)
-  address = page.data_address("jpeg", buffer.getvalue())
+  small.save(buffer, kind, **options)
+  address = page.data_address(kind, buffer.getvalue())
   outlines = {
     css: _outline(mask[step // 2 :: step, step // 2 :: step], domain, step)
     for css, mask in masks.items()
@@ -269,6 +273,7 @@ def strip(
 ) -> Markup:
   """A row of images with the outlines of their masks."""
   pictures = [
-    (picture(images[i], alt, domain, label=masks[i]), ()) for i in chosen
+    (picture(images[i], alt, domain, MIDDLE, label=masks[i]), ())
+    for i in chosen
   ]
   return page.PARTS.pictures(pictures, "strip")

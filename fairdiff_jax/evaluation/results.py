@@ -30,7 +30,7 @@ from fairdiff_jax.training.banks import CASES
 SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
 TABLE = "cases.csv"
 CURVE = 60  # points a curve is averaged to
-CURVES = ("loss/", "risk/")  # what of a log is drawn
+CURVES = ("loss/", "risk/", "validation/")  # what of a log is drawn
 PLACES = range(1, len(PALETTE) + 1)  # of models
 STRATEGIES = {
   "none": "real cases alone, each once an epoch",
@@ -243,7 +243,7 @@ class Results:
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-  """Loss and risk curves of a log, averaged over bins of steps.
+  """Curves of a log, averaged over bins of steps.
 
   A step that was logged twice, as after a restart, counts as last written.
 
@@ -251,8 +251,8 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     records: lines of a `metrics.jsonl`.
 
   Returns:
-    For every `loss/...` and `risk/...` with a finite value: `[2, k]`, steps
-    and values, k at most `CURVE`.
+    For every name that starts as one of `CURVES` and has a finite value:
+    `[2, k]`, steps and values, k at most `CURVE`.
   """
   values: dict[str, dict[float, float]] = {}
   for record in records:

@@ -26,10 +26,12 @@ from fairdiff_jax.fairness.uncertainty import MIN_CASES
 WORST, WORST_IN_ALL = 4, 24  # cases shown, of a group and at most
 BROWSED = 150  # thumbnails in all
 LEAST = 4  # and of every group at least
-STRIP = 8  # images a group
+STRIP, STRIPS_IN_ALL = 8, 96  # images of a group and kind, and at most
 REALISTIC = (0.85, 1.15)  # ratios of synthetic to real that pass
 ALL = {"overall": "All cases"}
 OF_GROUPS = {"es": "ES-Dice", "gap": "Gap", "worst": "Worst group"}
+TITLES = {"risk": "Risk by group", "validation": "Validation"}
+ALONE = ("Loss: total", "Loss: fairness")  # sums that a baseline has not alike
 NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95, px"}
 PROVENANCE = {
   "date": "evaluated",
@@ -226,8 +228,8 @@ def _members(results: Results) -> dict[str, np.ndarray]:
   return {name: order[of == name] for name in names}
 
 
-def _shown(results: Results, chosen: Iterable[int], draw: Callable) -> list:
-  """(picture, lines under it) of test cases."""
+def _shown(results: Results, chosen: Iterable[int], most: int) -> list:
+  """(picture of at most so many pixels, lines under it) of test cases."""
   columns, domain, cases = results.columns, results.domain, results.cases
   items = []
   for i in chosen:
@@ -235,10 +237,11 @@ def _shown(results: Results, chosen: Iterable[int], draw: Callable) -> list:
       f"{cls} {number(columns[f'{cls}_dice'][i])}" for cls in domain.parts
     )
     name, group = columns["name"][i], columns["group"][i]
-    picture = draw(
+    picture = figures.picture(
       cases["image"][i],
       f"Case {name}, {group}, with outlines of label and prediction",
       domain,
+      most,
       label=cases["label"][i],
       prediction=cases["prediction"][i],
     )
@@ -261,7 +264,7 @@ def worst_cases(results: Results) -> Section | None:
   each = max(1, min(WORST, WORST_IN_ALL // len(members)))
   body = Markup("").join(
     PARTS.heading(name)
-    + PARTS.pictures(_shown(results, of[:each], figures.picture), "cases")
+    + PARTS.pictures(_shown(results, of[:each], figures.LARGE), "cases")
     for name, of in members.items()
   )
   text = f"the {each} test cases of each group with the lowest mean Dice of"
@@ -277,7 +280,7 @@ def browse(results: Results) -> Section | None:
   folds = []
   for name, of in members.items():
     chosen = [*figures.spread(of, each)]
-    items = _shown(results, chosen, figures.thumbnail)
+    items = _shown(results, chosen, figures.SMALL)
     title = f"{name}: {len(chosen)} of {len(of)} cases"
     folds.append(PARTS.fold(title, PARTS.pictures(items, "cases thumbnails")))
   text = (
@@ -302,15 +305,17 @@ def real_beside_synthetic(results: Results) -> Section | None:
     sources = {"Real": real} | sources
   parts = []
   names = {str(group) for *_, of in sources.values() for group in of}
-  for name in sorted(names - {segmentation.UNKNOWN}):
+  names -= {segmentation.UNKNOWN}
+  each = max(2, min(STRIP, STRIPS_IN_ALL // (2 * max(len(names), 1))))
+  for name in sorted(names):
     parts.append(PARTS.heading(name))
     for source, (images, masks, of) in sources.items():
-      chosen = np.flatnonzero(np.asarray(of, str) == name)[:STRIP]
+      chosen = np.flatnonzero(np.asarray(of, str) == name)[:each]
       parts.append(PARTS.small(source if len(chosen) else f"{source}: none"))
       alt = f"{source} case, {name}"
       parts.append(figures.strip(images, masks, chosen, alt, results.domain))
   note = (
-    f"The first {STRIP} of each group, not selected, with the outlines of their"
+    f"The first {each} of each group, not selected, with the outlines of their"
     " masks. Real cases are test cases."
   )
   return Section("Real beside synthetic", Markup("").join(parts), note)
@@ -400,24 +405,26 @@ def epoch(results: Results) -> Section | None:
 
 
 def training(results: Results) -> Section | None:
-  """Curves of losses and risks, the baseline's too, with the run's phases."""
-  curves, baseline = results.curves, results.baseline_curves
-  risks, dashed = (
-    {k[5:]: v for k, v in of.items() if k.startswith("risk/")}
-    for of in (curves, baseline)
-  )
+  """Curves of the log, the baseline's too, with the run's phases.
+
+  A loss has a chart of its own; of others, such as the groups' risks, those
+  that differ in the last part of their names share one.
+  """
+  drawn: dict[str, dict[str, str]] = {}  # title -> name in it -> key
+  for key in results.curves:
+    parent, _, name = key.rpartition("/")
+    title = f"Loss: {name}" if parent == "loss" else TITLES.get(parent, parent)
+    drawn.setdefault(title, {})[name] = key
+  order = sorted(drawn, key=lambda title: not title.startswith("Loss: "))
   charts = []
-  for key, line in curves.items():
-    if key.startswith("loss/"):
-      name = key[5:]
-      compared = name == "segmenter" and key in baseline
-      other = {name: baseline[key]} if compared else {}
-      arguments = ({name: line}, other, results.phases)
-      charts.append(figures.training(f"Loss: {name}", *arguments))
-  if risks:
-    charts.append(
-      figures.training("Risk by group", risks, dashed, results.phases)
+  for title in order:
+    lines, dashed = (
+      {name: of[key] for name, key in drawn[title].items() if key in of}
+      for of in (results.curves, results.baseline_curves)
     )
+    if title in ALONE:
+      dashed = {}
+    charts.append(figures.training(title, lines, dashed, results.phases))
   if not charts:
     return None
   note = f"Each curve is averaged to at most {CURVE} points."
@@ -427,7 +434,7 @@ def training(results: Results) -> Section | None:
       for start, stop, networks in results.phases
     ]
     note += f" Phases of the run, in steps: {'; '.join(spans)}."
-  if baseline:
+  if results.baseline_curves:
     note += (
       f" The baseline starts where the segmenter does, at step"
       f" {results.baseline_start}."
