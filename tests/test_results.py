@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from configs.phantom import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.evaluation import report, results
+from fairdiff_jax.evaluation import report, results, verdict
 from fairdiff_jax.experiment import baseline_config
+from fairdiff_jax.fairness import uncertainty
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("A", "B")
 GROUP = np.repeat([0, 1, -1], (3, 10, 2))
 
@@ -35,6 +38,25 @@ def test_keys_are_stable():
     *("domain", "tables"),
   }
   assert found["schema"] == 1
+
+
+def test_docs_name_every_key_and_limit():
+  text = (ROOT / "docs" / "report.md").read_text()
+  found = results.Results(title="t", models={}, reason="none").to_json()
+  for key in (*found, *verdict.Finding._fields, "sha256"):
+    assert f"`{key}`" in text, key
+  for word in (*verdict.CLAIM, verdict.SILENT):
+    assert f"`{word}`" in text, word
+  flat = " ".join(text.split())
+  assert f"`schema` is {results.SCHEMA};" in flat
+  for limit in (
+    f"more than {100 * verdict.NOISE:g} points",
+    f"more than {100 * verdict.HARM:g} points",
+    f"below {100 * verdict.FLOOR:g},",
+    f"p is below {verdict.SIGNIFICANT:g}",
+    f"fewer than {uncertainty.MIN_CASES} test cases",
+  ):
+    assert limit in flat, limit
 
 
 def test_a_report_of_a_newer_version_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """What the words of a report mean, by the definitions that it follows."""
 
 from fairdiff_jax.data.domain import FUNDUS, Domain
+from fairdiff_jax.evaluation import verdict
+from fairdiff_jax.evaluation.page import number
 from fairdiff_jax.fairness import uncertainty
 from fairdiff_jax.fairness.metrics import Definitions
 from fairdiff_jax.fairness.uncertainty import MIN_CASES
@@ -33,6 +35,14 @@ GLOSSARY = {
   "Gap": "Mean Dice of the best group less that of the worst, in points.",
   "HD95": "95th percentile of the distances between the two outlines, both"
   " directions pooled, in pixels of the prepared masks. Less is better.",
+  "Verdict": "Fairer: the gap shrinks, by more than"
+  f" {number(verdict.NOISE)} points, with an interval clear of 0 and p below"
+  f" {verdict.SIGNIFICANT}, and no group got worse. Levelling down: the gap"
+  " shrinks and groups got worse; partly, if others got better. A group got"
+  f" worse that lost more than {number(verdict.HARM)} points, whatever the"
+  " chance, or anything beyond chance. Nothing is said with fewer than"
+  f" {MIN_CASES} test cases of a group, nor of a segmenter whose Dice over all"
+  f" cases is below {number(verdict.FLOOR, digits=0)}.",
   "Intervals": "The small range at a figure: a 95% bootstrap interval"
   " (percentiles of 2,000 resamples of the test cases within their groups). It"
   " shows the chance of the test cases, not that of training. For ES-Dice and"
@@ -63,7 +73,7 @@ def glossary(
 ) -> dict[str, str]:
   """What the report's words mean, by the definitions that it follows."""
   terms = dict(GLOSSARY)
-  behind = {k: terms.pop(k) for k in ("Intervals", "p", "Groups")}
+  behind = {k: terms.pop(k) for k in ("Verdict", "Intervals", "p", "Groups")}
   for name, (part, whole) in domain.ratios.items():
     terms[ratio_title(name)] = (
       f"Absolute error of the area ratio of {part} to {whole}. Left out where"

@@ -22,8 +22,9 @@ from fairdiff_jax import files
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.mixture import group_sizes, training_pool
-from fairdiff_jax.evaluation import segmentation, verdict
+from fairdiff_jax.evaluation import segmentation
 from fairdiff_jax.evaluation.page import PALETTE
+from fairdiff_jax.evaluation.verdict import Verdict, conclude
 from fairdiff_jax.fairness.metrics import DEFAULT, Definitions
 from fairdiff_jax.training.banks import CASES
 
@@ -153,9 +154,9 @@ class Results:
     return segmentation.difference(*pair, self.definitions.equity, self.domain)
 
   @cached_property
-  def verdict(self) -> verdict.Verdict:
+  def verdict(self) -> Verdict:
     """What follows."""
-    return verdict.conclude(
+    return conclude(
       self.summaries,
       self.differences,
       [*self.domain.reported],

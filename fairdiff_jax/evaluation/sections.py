@@ -107,7 +107,13 @@ def headline(results: Results) -> Section | None:
   return Section("Headline", body, note)
 
 
-def _figure_row(results, pair, cls: str, key: str, label: str) -> list[Cell]:
+def _figure_row(
+  results: Results,
+  pair: Mapping[str, dict],
+  cls: str,
+  key: str,
+  label: str,
+) -> list[Cell]:
   """A row of the headline: a figure of each model, and their difference."""
   cells = [Cell(label)]
   for summary in pair.values():
@@ -132,7 +138,9 @@ def _figure_row(results, pair, cls: str, key: str, label: str) -> list[Cell]:
   return cells
 
 
-def _group_row(results, pair, cls: str, group: str) -> list[Cell]:
+def _group_row(
+  results: Results, pair: Mapping[str, dict], cls: str, group: str
+) -> list[Cell]:
   """A row of the headline: the mean of a group."""
   cells = [Cell(_marked(results.groups)[group])]
   for summary in pair.values():
@@ -228,7 +236,9 @@ def _members(results: Results) -> dict[str, np.ndarray]:
   return {name: order[of == name] for name in names}
 
 
-def _shown(results: Results, chosen: Iterable[int], most: int) -> list:
+def _shown(
+  results: Results, chosen: Iterable[int], most: int
+) -> list[tuple[Markup, tuple[str, ...]]]:
   """(picture of at most so many pixels, lines under it) of test cases."""
   columns, domain, cases = results.columns, results.domain, results.cases
   items = []
