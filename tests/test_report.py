@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fairdiff_jax import files
 from fairdiff_jax.evaluation import report, sections, segmentation
+from fairdiff_jax.evaluation.page import number
 from fairdiff_jax.evaluation.results import Results
 from fairdiff_jax.fairness import metrics, uncertainty
 
@@ -567,3 +568,10 @@ def test_curves_that_belong_together_share_a_chart(tmp_path):
   assert labels[2].endswith("B, baseline 1 to 1")
   assert labels[3].startswith("validation/dice over training steps: A 1 to 1, ")
   assert len(labels) == 4
+
+
+def test_numbers_as_text():
+  """What rounds to 0 has no sign, so that it looks like no difference."""
+  texts = [number(v, sign="+") for v in (0.0123, -0.0123, 4e-4, -4e-4, None)]
+  assert texts == ["+1.2", "−1.2", "0.0", "0.0", "–"]
+  assert [number(v) for v in (0.5, np.nan, np.inf)] == ["50.0", "–", "–"]
