@@ -27,6 +27,7 @@ def data_config(**changes):
       "num_points": 64,
       "split": "use",
       "crop": (),
+      "validation": 0.0,
       "attribute": "race",
       "phantom": {
         "train": 9,

@@ -144,7 +144,8 @@ class Prepared(tfds.core.GeneratorBasedBuilder):
     words = self._report.vocabulary
     if words:
       codes = {
-        "codes": tfds.features.Tensor(shape=(len(words),), dtype=np.int32)
+        "codes": tfds.features.Tensor(shape=(len(words),), dtype=np.int32),
+        "patient": tfds.features.Text(),
       }
     else:
       codes = {"age": tfds.features.Scalar(np.float32)}
@@ -295,7 +296,8 @@ def _unpack(
         append[name](case.pop(name))
       rest.append(case)
   columns = {k: np.array([r[k] for r in rest]) for k in rest[0]}
-  columns["name"] = np.char.decode(columns["name"].astype(bytes), "utf-8")
+  for name in {"name", "patient"} & columns.keys():
+    columns[name] = np.char.decode(columns[name].astype(bytes), "utf-8")
   files.write(Path(folder) / "rest.npz", files.npz_bytes(columns))
 
 
@@ -311,20 +313,18 @@ def _mapped(folder: str | os.PathLike, report: Report) -> Cases:
   if report.vocabulary:
     words = {name: tuple(of) for name, of in report.vocabulary.items()}
     codes = dict(zip(words, rest["codes"].T, strict=True))
+    names = zip(rest["patient"], rest["name"], strict=True)
+    patient = tuple(str(p) or str(name) for p, name in names)
   else:
-    ages = rest["age"].astype(np.float64)
-    known = np.unique(ages[ages >= 0])
-    words = attributes.ATTRIBUTES | {"age": tuple(f"{x:g}" for x in known)}
+    patient = ()
     codes = {a: rest[a].astype(np.int32) for a in attributes.ATTRIBUTES}
-    index = np.searchsorted(known, ages)
-    codes["age"] = np.where(ages < 0, attributes.UNKNOWN, index).astype(
-      np.int32
-    )
+    words, codes = groups.with_ages(codes, rest["age"])
   return Cases(
     name=rest["name"].tolist(),
     attributes=codes,
     vocabulary=words,
     domain=_domain_of(report),
+    patient=patient,
     **arrays,
   )
 
