@@ -18,7 +18,7 @@ from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.data.storage import digest, load, num_cases
-from fairdiff_jax.evaluation import realism, report, segmentation
+from fairdiff_jax.evaluation import realism, report, results, segmentation
 from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import Generated, make_generator
@@ -268,6 +268,11 @@ def evaluate(
     realism=realistic,
     agreement=agreements,
     counts=counts,
+    epoch=results.epoch(
+      *(config, names, train_group),
+      [counts[name]["synthetic"] for name in names],
+      None if bank == "none" else workdir / "bank" / bank,
+    ),
     log=workdir / "metrics.jsonl",
     facts={
       "data": config.data.source,
@@ -296,6 +301,7 @@ def evaluate(
     },
     definitions=definitions,
     domain=domain,
+    **results.about_run(config, workdir),
   )
 
 
