@@ -1,8 +1,8 @@
 """Harvard-FairSeg, or any directory of files of its form.
 
-  python launch/prepare.py --config configs/fairseg.py --workdir runs/fairseg \
+  fairdiff prepare --config fairseg --workdir runs/fairseg \
     --config.data.source=/data/FairSeg
-  python launch/train.py --config configs/fairseg.py --workdir runs/fairseg \
+  fairdiff train --config fairseg --workdir runs/fairseg \
     --config.data.source=/data/FairSeg
 
 Variants: '' (256 x 256, for accelerators), 'small' (128 x 128, so that a few

@@ -1,8 +1,8 @@
 """Your own patients: a csv that names an image, a mask and a split a row.
 
-  python launch/prepare.py --config configs/own.py --workdir runs/own \
+  fairdiff prepare --config own --workdir runs/own \
     --config.data.source=cases.csv --config.data.attribute=sex
-  python launch/train.py --config configs/own.py --workdir runs/own \
+  fairdiff train --config own --workdir runs/own \
     --config.data.source=cases.csv --config.data.attribute=sex
 
 What masks and images show is said by domain.json beside the csv. Variants: ''

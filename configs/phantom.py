@@ -1,6 +1,6 @@
 """Made-up patients with Harvard-FairSeg's imbalance: runs anywhere, at once.
 
-  python launch/train.py --config configs/phantom.py --workdir runs/quickstart
+  fairdiff train --config phantom --workdir runs/quickstart
 
 Variants: '' (the quickstart), 'smoke' (seconds; for tests).
 """

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fairdiff_jax import files
+from fairdiff_jax.layout import Layout
 
 VERSION = 2  # of config.json's form; 1 held the config alone
-FILE = "config.json"
 
 # Fields that may change when a run goes on: they do not alter its result.
 HARMLESS = ("checkpoint", "log", "parallel", "evaluation", "baseline")
@@ -632,11 +632,13 @@ class Record(NamedTuple):
     data: digest of the prepared data; '' where it is not known.
     changes: what was changed on the way, each {'step', 'fields': {name:
       [before, now]}}.
+    started: whether it was trained with; until then it may still change.
   """
 
   config: ConfigDict
   data: str = ""
   changes: tuple[dict[str, Any], ...] = ()
+  started: bool = True
 
 
 def load_record(workdir: str | Path) -> Record:
@@ -648,7 +650,7 @@ def load_record(workdir: str | Path) -> Record:
     FileNotFoundError: if `workdir` holds no run.
     ValueError: if its config.json is damaged.
   """
-  path = Path(workdir) / FILE
+  path = Layout(workdir).config
   if not path.exists():
     raise FileNotFoundError(
       f"{path} does not exist: {workdir} is not the work directory of a run;"
@@ -666,6 +668,7 @@ def load_record(workdir: str | Path) -> Record:
       _build(given).lock(),
       stored.get("data", ""),
       (*stored.get("changes", ()),),
+      stored.get("started", True),
     )
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise ValueError(f"{path} is damaged ({error!r}); {remedy}") from error
@@ -715,7 +718,7 @@ def claim(
     ValueError: if the directory belongs to a run of another config or data and
       may not proceed.
   """
-  record = find_record(workdir)
+  record = _find_started(workdir)
   asked = _compared_of(Record(config, data))
   changed, changes = {}, ()
   if record:
@@ -727,26 +730,47 @@ def claim(
   if changed:
     changes = (*changes, {"step": step, "fields": changed})
   if write:
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    stored = {
-      "version": VERSION,
-      "config": json.loads(to_json(config)),
-      "data": data or (record.data if record else ""),
-      "changes": changes,
-    }
-    text = json.dumps(stored, indent=2, sort_keys=True)
-    files.write(Path(workdir) / FILE, text + "\n")
+    data = data or (record.data if record else "")
+    _write(workdir, Record(config, data, changes))
   return asked, changes
+
+
+def plan(workdir: str | Path, config: ConfigDict) -> None:
+  """Makes `config` what a run in `workdir` will start with.
+
+  Raises:
+    ValueError: if the directory holds a run of another config.
+  """
+  if _find_started(workdir) is None:
+    _write(workdir, Record(config, started=False))
+  else:
+    require(workdir, config)
+
+
+def _write(workdir, record: Record) -> None:
+  stored = record._asdict() | {
+    "version": VERSION,
+    "config": json.loads(to_json(record.config)),
+  }
+  Path(workdir).mkdir(parents=True, exist_ok=True)
+  text = json.dumps(stored, indent=2, sort_keys=True)
+  files.write(Layout(workdir).config, text + "\n")
 
 
 def find_record(workdir: str | Path) -> Record | None:
   """As `load_record`; None where there is no run."""
-  return load_record(workdir) if (Path(workdir) / FILE).exists() else None
+  return load_record(workdir) if Layout(workdir).config.exists() else None
+
+
+def _find_started(workdir: str | Path) -> Record | None:
+  """As `find_record`; None too for a run that is only planned."""
+  record = find_record(workdir)
+  return record if record and record.started else None
 
 
 def require(workdir: str | Path, config: ConfigDict) -> None:
   """Raises ValueError if `workdir` holds a run of another config."""
-  record = find_record(workdir)
+  record = _find_started(workdir)
   if record:
     changed = differences(compared(record.config), compared(config))
     if changed:
@@ -765,4 +789,4 @@ def _refusal(workdir, changed):
 
 def data_directory(config: ConfigDict, workdir: str | Path) -> Path:
   """Where a run's prepared data lies."""
-  return Path(config.data.directory or Path(workdir) / "data")
+  return Path(config.data.directory or Layout(workdir).data)

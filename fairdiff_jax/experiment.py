@@ -14,8 +14,10 @@ from fairdiff_jax.data import domain, prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.groups import OTHER, recorded, small_groups
 from fairdiff_jax.evaluation.evaluate import evaluate
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
+from fairdiff_jax.training.trained import restore
 
 
 def baseline_config(config: ConfigDict) -> ConfigDict:
@@ -98,6 +100,7 @@ def run(
 
 
 def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
+  layout = Layout(workdir)
   directory = configs.data_directory(config, workdir)
   if config.data.source == "phantom":
     # Gloo gives up after 30 s when processes first meet, but not later.
@@ -124,7 +127,7 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
   if config.baseline and "segmenter" in state.params:
     state = train(
       baseline_config(config),
-      workdir / "baseline",
+      layout.baseline.workdir,
       cases,
       data=data,
       name="baseline",
@@ -132,5 +135,5 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
     )
     if state is None:
       return False
-  evaluate(workdir)
+  evaluate(restore(workdir))
   return True

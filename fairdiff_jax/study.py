@@ -18,6 +18,7 @@ from fairdiff_jax import config as configs
 from fairdiff_jax import experiment, files
 from fairdiff_jax.evaluation import report
 from fairdiff_jax.evaluation.compare import compare_runs
+from fairdiff_jax.layout import Layout
 
 
 class Stopped(Exception):
@@ -70,8 +71,8 @@ def _score(workdir: Path) -> float | None:
   except (KeyError, TypeError, ValueError) as error:
     path = workdir / report.DIRECTORY / report.SUMMARY
     raise ValueError(
-      f"{path} has no figures of one model ({error!r}); make it with: python"
-      f" launch/evaluate.py --workdir {workdir}"
+      f"{path} has no figures of one model ({error!r}); make it with: fairdiff"
+      f" evaluate --workdir {workdir}"
     ) from error
 
 
@@ -142,10 +143,9 @@ def run(
       workdir = directory / f"{_slug(name)}_{seed}"
       if name in shared and not workdir.exists():
         other, step = shared[name]
-        part = Path("checkpoints") / str(step)
-        source = directory / f"{_slug(other)}_{seed}"
+        source = Layout(directory / f"{_slug(other)}_{seed}").checkpoint(step)
         with files.new_directory(workdir) as temporary:
-          shutil.copytree(source / part, temporary / part)
+          shutil.copytree(source, Layout(temporary).checkpoint(step))
       changes = {"seed": seed, "data.phantom.seed": seed, **changes}
       config = configure(base, changes | chosen.get(name, {}))
       runs[name].append(_run(config, workdir, proceed=name in shared))

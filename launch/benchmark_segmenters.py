@@ -140,7 +140,7 @@ def ours(config, batch):
   import jax
 
   from fairdiff_jax.data import statistics
-  from fairdiff_jax.training.checkpoint import network
+  from fairdiff_jax.training.checkpoint import Inference
   from fairdiff_jax.training.setup import make_step, setup
   from fairdiff_jax.training.start import start_from_weights
 
@@ -160,7 +160,7 @@ def ours(config, batch):
     return float(metrics["loss/segmenter"])
 
   def infer():
-    variables = network(vars(state), "segmenter")
+    variables = Inference.of(state).network("segmenter")
     jax.block_until_ready(predict(variables, batch["image"]))
 
   return step, infer

@@ -6,19 +6,16 @@ fields that --config.FIELD=VALUE changes, checked whole. Scripts import what is
 slow to import in `main`, so that what is wrong with a command is said at once.
 """
 
-import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fairdiff_jax import config as configs
+from fairdiff_jax import recipes
 
-RECIPES = Path(__file__).resolve().parents[1] / "configs"
 HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull", "--helpshort")
 
 
@@ -72,35 +69,10 @@ def config() -> ConfigDict:
   asked = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
   if asked is None:
     raise ValueError(
-      "give --config FILE, or as --workdir the directory of a run"
+      "give --config NAME or FILE, or as --workdir the directory of a run"
     )
   configs.check(asked)
   return asked
-
-
-def recipe(name: str) -> ConfigDict:
-  """The config of NAME or FILE, of which :VARIANT may follow.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: no recipe, or no such variant.
-  """
-  path, _, variant = name.partition(":")
-  if (RECIPES / f"{path}.py").is_file():
-    path = str(RECIPES / f"{path}.py")
-  if not Path(path).is_file():
-    known = ", ".join(f"configs/{module}.py" for module in _recipes())
-    raise FileNotFoundError(
-      f"--config {path} does not exist; there are {known}"
-    )
-  spec = importlib.util.spec_from_file_location("recipe", path)
-  if spec is None or spec.loader is None:
-    raise ValueError(f"--config {path} is no Python file")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise ValueError(f"--config {path} is no recipe: it has no get_config()")
-  return module.get_config(variant)
 
 
 def _parse(argv, takes_config, arguments):
@@ -110,7 +82,7 @@ def _parse(argv, takes_config, arguments):
     workdir = _take(argv, "workdir")[1]
     record = configs.find_record(workdir) if workdir else None
     if named is not None:
-      asked = recipe(named)
+      asked = recipes.find(named)
     elif record:
       asked = record.config
     if asked is None and any("-config." in text for text in argv):
@@ -152,15 +124,6 @@ def _take(argv, name):
   return rest, value
 
 
-def _recipes():
-  """Modules in `configs/` that are recipes, by name."""
-  modules = {
-    path.stem: importlib.import_module(f"fairdiff_jax.configs.{path.stem}")
-    for path in sorted(RECIPES.glob("*.py"))
-  }
-  return {k: v for k, v in modules.items() if hasattr(v, "get_config")}
-
-
 def _help(module, takes_config, arguments):
   script = sys.modules[module]
   lines = [script.__doc__ or "", "Flags:"]
@@ -175,10 +138,10 @@ def _help(module, takes_config, arguments):
       " of the run\n                   in --workdir."
     )
     lines += ["", "Recipes:"]
-    for name, module in _recipes().items():
+    for name, module in recipes.own():
       variants = ", ".join(filter(None, module.VARIANTS))
       summary = module.__doc__.splitlines()[0]
-      lines.append(f"  configs/{name}.py  {summary} Variants: {variants}")
+      lines.append(f"  {name}  {summary} Variants: {variants}")
     lines += ["", "Fields, with their defaults before a recipe changes them:"]
     lines += [
       f"  --config.{name}={field.default!r}\n      {field.doc}; {field.allowed}"

@@ -9,12 +9,15 @@ import sys
 from fairdiff_jax import __version__
 
 COMMANDS = {
-  "prepare": "prepare a data set, or check one with --check DIR",
+  "prepare": "prepare a data set",
+  "check": "say whether data can be used",
   "train": "train a run and report on it; the same command resumes it",
   "evaluate": "evaluate a run and write its report",
+  "predict": "segment a directory of images",
   "sample": "draw labelled synthetic patients from a run",
   "compare": "compare runs by method",
   "study": "run the phantom study",
+  "export": "hand over weights, a program and a model card",
   "import-weights": "turn published weights into what image.weights names",
   "compile": "compile the joint step for TPUs that are not here",
 }

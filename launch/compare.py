@@ -1,11 +1,11 @@
 """Compares runs by method; runs that differ only in their seed are one method.
 
-  python launch/compare.py runs/study/erm_* runs/study/febs_* \\
+  fairdiff compare runs/study/erm_* runs/study/febs_* \\
     --reference erm --out comparison
 
 What a seed changes, its number, the training patients and where they lie, makes
 no other method. Methods are called as their runs' directories, or by the fields
-in which they differ. The runs must have reports (launch/evaluate.py) on the
+in which they differ. The runs must have reports (fairdiff evaluate) on the
 same test cases, by the same definitions; their baselines are left out.
 """
 

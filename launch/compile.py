@@ -1,7 +1,7 @@
 """Compiles the joint step for TPUs that are not here, and says what it takes.
 
   pip install libtpu
-  python launch/compile.py --config configs/fairseg.py:sd15 \
+  fairdiff compile --config fairseg:sd15 \
     --topology v5p:2x2x2 --cases_per_chip 4 --config.parallel.fsdp=8
 
 Nothing is computed and no weights are made or read, but the compiler itself

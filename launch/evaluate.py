@@ -1,11 +1,13 @@
 """Evaluates a run from its newest checkpoint and writes its report.
 
-  python launch/evaluate.py --workdir runs/quickstart
+  fairdiff evaluate --workdir runs/quickstart
 
-By other definitions than the run's own:
+By other definitions than the run's own, or on the test cases of another site,
+by the groups found there, which `fairdiff prepare` has prepared:
 
-  python launch/evaluate.py --workdir runs/quickstart \\
+  fairdiff evaluate --workdir runs/quickstart \\
     --config.evaluation.equity=fairseg_sum
+  fairdiff evaluate --workdir runs/quickstart --data prepared/elsewhere
 """
 
 from absl import flags
@@ -14,7 +16,14 @@ from fairdiff_jax.launch import cli
 from fairdiff_jax import config as configs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-OUT = flags.DEFINE_string("out", None, "Report; default <workdir>/report.")
+DATA = flags.DEFINE_string(
+  "data", None, "Prepared directory of another site; default the run's own."
+)
+OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "Report; default <workdir>/report, of other data <workdir>/external/NAME.",
+)
 flags.mark_flag_as_required("workdir")
 
 
@@ -22,10 +31,11 @@ def main(_):
   configs.load(WORKDIR.value)  # says it where there is no run
   config = cli.config()
   configs.require(WORKDIR.value, config)
-  from fairdiff_jax.evaluation.evaluate import evaluate
+  from fairdiff_jax.run import Run
 
-  directory = OUT.value or f"{WORKDIR.value}/report"
-  evaluate(WORKDIR.value, directory, config.evaluation)
+  run = Run(WORKDIR.value, config)
+  run.evaluate(DATA.value, OUT.value)
+  directory = OUT.value or run.report(DATA.value)
   print(f"report: {directory}/index.html")
 
 

@@ -1,6 +1,6 @@
 """Turns published Stable Diffusion weights into what `image.weights` names.
 
-  python launch/import_weights.py --source stable-diffusion-v1-5 \
+  fairdiff import-weights --source stable-diffusion-v1-5 \
     --controlnet control_sd15_seg.pth --out weights/sd15
 
 Prompts are turned into tokens by transformers' CLIPTokenizer, which only this

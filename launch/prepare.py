@@ -1,11 +1,12 @@
 """Prepares a data set, or checks a table or a directory of npz files.
 
-  python launch/prepare.py --config configs/fairseg.py --workdir runs/first \\
+  fairdiff prepare --config fairseg --workdir runs/first \\
     --config.data.source=/data/FairSeg
-  python launch/prepare.py --check /data/FairSeg
+  fairdiff prepare --check /data/FairSeg
 
-With image.cache_latents=True and image.weights it also encodes the training
-images, which training would else do when it starts.
+A run in --workdir knows its config from then on: `fairdiff train --workdir` is
+all it takes. With image.cache_latents=True and image.weights the training
+images are encoded too, which training would else do when it starts.
 """
 
 from absl import flags
@@ -39,6 +40,9 @@ def main(_):
   directory = configs.data_directory(config, WORKDIR.value or "")
   print(prepare.prepare(config.data, directory))
   print(f"Prepared in {directory}")
+  if WORKDIR.value:
+    configs.plan(WORKDIR.value, config)
+    print(f"Next: fairdiff train --workdir {WORKDIR.value}")
   if latents.cached_shape(config) and config.image.weights:
     cases = storage.load(directory, "train")
     latents.cached_latents(config, make_mesh(), cases, directory)

@@ -1,10 +1,11 @@
 """Draws labelled synthetic patients from a run's newest checkpoint.
 
-  python launch/sample.py --workdir runs/quickstart \\
+  fairdiff sample --workdir runs/quickstart \\
     --counts Asian=64,Black=64 --out synthetic
 
-Writes npz files of the current FairSeg release, data_summary.csv,
-manifest.jsonl and a contact sheet. The same command goes on where it stopped.
+Writes npz files of the current FairSeg release and data_summary.csv, or, of
+patients in a table, PNG files and cases.csv; manifest.jsonl; a contact sheet.
+The same command goes on where it stopped.
 """
 
 from absl import flags
@@ -22,9 +23,10 @@ flags.mark_flags_as_required(["workdir", "counts", "out"])
 
 
 def main(_):
-  from fairdiff_jax.synthesis import export
+  from fairdiff_jax.synthesis.export import export
+  from fairdiff_jax.training.trained import restore
 
-  export.export(WORKDIR.value, OUT.value, COUNTS.value, seed=SEED.value)
+  export(restore(WORKDIR.value), OUT.value, COUNTS.value, seed=SEED.value)
   print(f"contact sheet: {OUT.value}/contact_sheet.png")
 
 

@@ -1,6 +1,6 @@
 """Runs the phantom study: methods x seeds, one table; the same command resumes.
 
-python launch/study.py --workdir runs/study
+fairdiff study --workdir runs/study
 """
 
 from absl import flags

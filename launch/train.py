@@ -1,11 +1,11 @@
 """Trains a run and reports on it; the same command resumes it.
 
-  python launch/train.py --config configs/phantom.py --workdir runs/quickstart
+  fairdiff train --config phantom --workdir runs/quickstart
 
 A run knows its config: to go on, --workdir is enough. To go on differently
 from its newest checkpoint, say so; what was changed is recorded:
 
-  python launch/train.py --workdir runs/quickstart --continue \\
+  fairdiff train --workdir runs/quickstart --continue \\
     --config.train.steps=3000
 """
 
@@ -31,13 +31,13 @@ def main(_):
   config = cli.config()
   import jax
 
-  from fairdiff_jax import experiment
+  from fairdiff_jax.run import Run
 
   if DISTRIBUTED.value:
     jax.distributed.initialize(
       COORDINATOR.value, PROCESSES.value, PROCESS.value
     )
-  complete = experiment.run(config, WORKDIR.value, proceed=CONTINUE.value)
+  complete = Run(WORKDIR.value, config).train(proceed=CONTINUE.value)
   if complete and jax.process_index() == 0:
     print(f"report: {WORKDIR.value}/report/index.html")
 

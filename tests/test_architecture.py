@@ -11,7 +11,9 @@ PACKAGE = "fairdiff_jax"
 # What each part may import, besides itself.
 ALLOWED = {
   "files": [],
-  "config": ["files"],
+  "layout": [],
+  "config": ["files", "layout"],
+  "recipes": ["config"],
   "data": ["files"],
   "models": ["data"],
   "pretrained": ["files", "models"],
@@ -20,10 +22,12 @@ ALLOWED = {
 }
 ALLOWED["objectives"] = ["files", "data", "models", "pretrained", "diffusion"]
 ALLOWED["objectives"] += ["fairness"]
-ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config"]
+ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config", "layout"]
 ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
 ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]
 ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
+ALLOWED["handover"] = [*ALLOWED["evaluation"], "evaluation", "__version__"]
+ALLOWED["run"] = [*ALLOWED["handover"], "handover", "experiment"]
 ALLOWED["study"] = [*ALLOWED["experiment"], "experiment"]
 
 

@@ -15,7 +15,7 @@ from fairdiff_jax.data.mixture import training_pool
 from fairdiff_jax.data.storage import load
 from fairdiff_jax.diffusion.samplers import check_solver, sampling_times
 from fairdiff_jax.diffusion.schedule import make_schedule
-from fairdiff_jax.evaluation.evaluate import definitions_of, evaluate
+from fairdiff_jax.evaluation.evaluate import definitions_of
 from fairdiff_jax.fairness.regularizers import make_regularizer
 from fairdiff_jax.objectives.image import image_task
 from fairdiff_jax.objectives.latent_space import latent_space
@@ -24,6 +24,7 @@ from fairdiff_jax.training import mesh
 from fairdiff_jax.training.loop import train
 from fairdiff_jax.training.optimizer import make_optimizer
 from fairdiff_jax.training.setup import setup
+from fairdiff_jax.training.trained import restore
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,19 +147,19 @@ def test_directory_of_another_config(tmp_path):
 
 
 def test_no_prepared_data(tmp_path):
-  with pytest.raises(FileNotFoundError, match="fairdiff prepare"):
+  with pytest.raises(FileNotFoundError, match="fairdiff prepare --config"):
     load(tmp_path, "train")
 
 
 def test_no_run(tmp_path):
   with pytest.raises(FileNotFoundError, match="not the work directory of a"):
-    evaluate(tmp_path)
+    restore(tmp_path)
 
 
 def test_no_checkpoint(tmp_path):
   configs.claim(tmp_path, smoke())
   with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-    evaluate(tmp_path)
+    restore(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [FloatingPointError, ImportError])

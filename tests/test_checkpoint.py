@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.training import checkpoint
-from fairdiff_jax.training.banks import bank_directory, check_bank, prune
+from fairdiff_jax.training.banks import check_bank, prune
 from fairdiff_jax.training.checkpoint import Checkpoints, fingerprint
 from fairdiff_jax.training.step import TrainState
 
@@ -83,7 +84,7 @@ def test_inference_alone_reads_nothing_else(tmp_path, abstract):
   step, inference = checkpoint.restore_inference(tmp_path, None, abstract)
   assert step == 3
   assert fingerprint(inference) == fingerprint(
-    checkpoint.split(make_state(3))["inference"]
+    checkpoint.Inference.of(make_state(3))
   )
 
 
@@ -288,7 +289,7 @@ def test_what_else_a_checkpoint_needs_is_part_of_it(tmp_path, abstract):
 
 def test_prune_keeps_the_banks_that_are_needed(tmp_path):
   for step in (2, 6, 10):
-    bank_directory(tmp_path, step).mkdir(parents=True)
+    Layout(tmp_path).bank(step).mkdir(parents=True)
   prune(tmp_path, {"step_00000006", "step_00000010"})
   assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == [
     "step_00000006",
@@ -300,7 +301,7 @@ def test_checkpoints_of_the_first_versions_know_their_bank_by_name(tmp_path):
   facts = {"bank": "step_00000006"}
   with pytest.raises(ValueError, match="its bank .*step_00000006.* is missing"):
     check_bank(tmp_path, facts)
-  directory = bank_directory(tmp_path, 6)
+  directory = Layout(tmp_path).bank(6)
   directory.mkdir(parents=True)
   (directory / "cases.npz").touch()
   check_bank(tmp_path, facts)

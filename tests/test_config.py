@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import fairseg, phantom
 from fairdiff_jax import config as configs
+from fairdiff_jax.layout import Layout
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,7 +131,7 @@ def test_unknown_variant():
 
 
 def stored(workdir):
-  return json.loads((workdir / configs.FILE).read_text())
+  return json.loads(Layout(workdir).config.read_text())
 
 
 def test_a_run_remembers_its_config(tmp_path):
@@ -141,14 +142,14 @@ def test_a_run_remembers_its_config(tmp_path):
   assert loaded.to_dict() == config.to_dict()
   assert loaded.parallel.rules[0][1] == "fsdp"
   configs.claim(tmp_path, loaded)  # a run may be claimed again
-  assert [p.name for p in tmp_path.iterdir()] == [configs.FILE]
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_run_older_than_a_field_has_its_default(tmp_path):
   old = configs.defaults().to_dict()
   del old["train"]["ema_decay"], old["bank"]
   old["gone"], old["data"]["augment"] = 1, True
-  (tmp_path / configs.FILE).write_text(json.dumps(old))  # before versions
+  Layout(tmp_path).config.write_text(json.dumps(old))  # before versions
   expected = configs.defaults()
   expected.data.augment = "light"
   assert configs.load(tmp_path).to_dict() == expected.to_dict()
@@ -162,7 +163,7 @@ def test_a_run_older_than_a_field_has_its_default(tmp_path):
   ["{", "[]", '{"version": 2}', '{"seed": -1}', '{"version": 2, "config": 3}'],
 )
 def test_a_damaged_config_is_named(tmp_path, text):
-  path = tmp_path / configs.FILE
+  path = Layout(tmp_path).config
   path.write_text(text)
   with pytest.raises(ValueError, match="is damaged .* give --config") as error:
     configs.load(tmp_path)
@@ -236,7 +237,7 @@ def test_other_data_are_refused(tmp_path):
 
 def test_a_lost_config_is_known_from_the_checkpoint(tmp_path):
   trained_with, _ = configs.claim(tmp_path, smoke(), data="abc")
-  (tmp_path / configs.FILE).unlink()
+  Layout(tmp_path).config.unlink()
   trained_with = json.loads(json.dumps(trained_with))
   with pytest.raises(ValueError, match="seed: 0 before, 3 now"):
     configs.claim(tmp_path, smoke(seed=3), trained_with=trained_with)

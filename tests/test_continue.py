@@ -10,6 +10,7 @@ from configs.phantom import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.training.loop import train
 
 RATE = "optimizer.segmenter.learning_rate"
@@ -97,23 +98,23 @@ def leaves(tree):
 def test_other_settings_or_patients_are_refused(workdir, cases, lost):
   """Also where config.json is lost: checkpoints know what made them."""
   if lost:
-    (workdir / configs.FILE).unlink()
+    Layout(workdir).config.unlink()
   with pytest.raises(ValueError, match="seed: 0 before, 3 now"):
     train(smoke(seed=3), workdir, cases, data="abc")
   with pytest.raises(ValueError, match="prepared data: abc before, def now"):
     train(smoke(), workdir, cases, data="def")
-  assert (workdir / configs.FILE).exists() != lost
+  assert Layout(workdir).config.exists() != lost
 
 
 def test_a_run_may_start_from_the_checkpoint_of_another(workdir, cases):
-  (workdir / configs.FILE).unlink()
+  Layout(workdir).config.unlink()
   train(smoke(**{"train.steps": 5}), workdir, cases, proceed=True)
   (change,) = configs.load_record(workdir).changes
   assert change["fields"]["train.steps"] == [4, 5]
 
 
 def test_a_lost_config_is_written_again(workdir, cases):
-  (workdir / configs.FILE).unlink()
+  Layout(workdir).config.unlink()
   train(smoke(), workdir, cases, data="abc")
   assert configs.load_record(workdir).changes == ()
 

@@ -16,7 +16,7 @@ from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.experiment import run
 from fairdiff_jax.files import read_csv
 from fairdiff_jax.synthesis.export import export
-from fairdiff_jax.training.checkpoint import network
+from fairdiff_jax.training.checkpoint import Inference
 from fairdiff_jax.training.schedule import phases
 from fairdiff_jax.training.setup import describe_batch, setup, step_function
 from tests import patients, tables
@@ -234,11 +234,9 @@ def test_networks_see_colours_and_all_classes(variant):
   batch = describe_batch(config, most)
   assert batch["segmentation"]["image"].shape[-1] == 3
   jax.eval_shape(step_function(set_up, most), set_up.abstract, batch)
-  fields = ("ema", "batch_stats", "frozen", "imported")
-  fields = {field: getattr(set_up.abstract, field) for field in fields}
   _, aux = jax.eval_shape(
     lambda *x: set_up.objective.tasks["segmenter"].risk(*x, None, False),
-    network(fields, "segmenter"),
+    Inference.of(set_up.abstract).network("segmenter"),
     batch["segmentation"],
   )
   assert aux["dice"][0].shape[-1] == 4

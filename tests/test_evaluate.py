@@ -15,12 +15,14 @@ from fairdiff_jax.data import prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import evaluate as evaluation
 from fairdiff_jax.evaluation import report
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis.bank import BANK
 from fairdiff_jax.synthesis.generate import Generated, _key
-from fairdiff_jax.training.banks import Synthetic, bank_directory
+from fairdiff_jax.training.banks import Synthetic
 from fairdiff_jax.training.checkpoint import Checkpoints
 from fairdiff_jax.training.pools import case_groups
 from fairdiff_jax.training.setup import initial_state, setup
+from fairdiff_jax.training.trained import restore
 
 NAMES = ("A", "B", "C")
 
@@ -76,7 +78,7 @@ def test_masks_that_cannot_be_drawn_cost_no_report(tmp_path, save, monkeypatch):
   monkeypatch.setattr(evaluation, "make_generator", make_generator)
   workdir = save(tmp_path / "run")
   (workdir / "baseline" / "checkpoints").mkdir(parents=True)
-  result = evaluation.evaluate(workdir)
+  result = evaluation.evaluate(restore(workdir))
   assert report.read(workdir) == result
   assert result["title"] == "Fair segmentation of run"
   assert list(result["models"]) == ["FairDiff, joint"]
@@ -97,7 +99,7 @@ def test_generators_alone_give_a_report(tmp_path, save):
     tmp_path / "run", **{"train.segmenter": (0, 0), "bank.harmonics": 1}
   )
   (workdir / "metrics.jsonl").write_text('{"step": 1, "loss/points": 1}\n{"s')
-  result = evaluation.evaluate(workdir)
+  result = evaluation.evaluate(restore(workdir))
   assert result["models"] == result["agreement"] == {}
   assert result["title"] == "run, without segmentation figures"
   assert "the run trains no segmenter" in result["verdict"]
@@ -124,7 +126,7 @@ def test_without_test_cases_or_synthetic_ones(tmp_path, data, save):
       "evaluation.synthetic_per_group": 0,
     },
   )
-  result = evaluation.evaluate(workdir)
+  result = evaluation.evaluate(restore(workdir))
   assert f"there is no test case in {directory}" in result["verdict"]
   assert result["models"] == result["agreement"] == {}
   assert result["training_cases"]["White"]["real"] > 2
@@ -183,7 +185,7 @@ def test_synthetic_cases_are_in_no_bank(seed):
 
 def fill(workdir, step, group):
   """Writes a bank of blank cases."""
-  directory = bank_directory(workdir, step)
+  directory = Layout(workdir).bank(step)
   blank = np.zeros((len(group), 32, 32), np.uint8)
   bank = Synthetic(blank, blank, np.array(group, np.int32), np.zeros(3, int))
   with files.new_directory(directory) as temporary:
@@ -198,7 +200,9 @@ def test_the_bank_that_was_used_is_counted(tmp_path):
 
   def read(step=8, **changes):
     config = smoke(**changes)
-    name, counts, notices = evaluation._read_bank(config, tmp_path, step, NAMES)
+    name, counts, notices = evaluation._read_bank(
+      config, Layout(tmp_path), step, NAMES
+    )
     return name, [counts[name]["synthetic"] for name in NAMES], notices
 
   assert read() == ("none", [0, 0, 0], [])

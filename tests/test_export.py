@@ -20,6 +20,7 @@ from fairdiff_jax.synthesis import export
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import Checkpoints
 from fairdiff_jax.training.setup import setup
+from fairdiff_jax.training.trained import restore
 
 COUNTS = ["White=6", "asian=5"]  # with batches of 8, the second is part full
 FILES = [f"data_{i:05d}.npz" for i in range(1, 12)]
@@ -51,35 +52,33 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def workdir(config, tmp_path_factory):
+def trained(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   prepare.prepare(config.data, workdir / "data")
   cases = storage.load(workdir / "data", "train", progress=False)
   save_initial(config, workdir, cases)
-  return workdir
+  return restore(workdir)
 
 
 @pytest.fixture(scope="module")
-def calls(config):
+def calls(trained):
   """Compiles the generators once; lists the numbers of each chunk made."""
   calls = []
-  run = setup(config)
-  generate = make_generator(run)
+  generate = make_generator(trained.setup)
 
   def counted(inference, seed, number, group):
     calls.append(number.tolist())
     return generate(inference, seed, number, group)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(export, "setup", lambda config: run)
     patch.setattr(export, "make_generator", lambda run: counted)
     yield calls
 
 
 @pytest.fixture(scope="module")
-def exported(workdir, calls, tmp_path_factory):
+def exported(trained, calls, tmp_path_factory):
   out = tmp_path_factory.mktemp("exported") / "new" / "out"
-  export.export(workdir, out, COUNTS, seed=3)
+  export.export(trained, out, COUNTS, seed=3)
   return out
 
 
@@ -176,7 +175,7 @@ def test_an_export_can_be_prepared(exported, tmp_path):
   }
 
 
-def test_goes_on_after_files_were_lost(exported, workdir, calls, tmp_path):
+def test_goes_on_after_files_were_lost(exported, trained, calls, tmp_path):
   before = digests(exported)
   for lost, made in (
     ([FILES[9], "contact_sheet.png"], [[8, 9, 10]]),  # whole chunks, no other
@@ -187,28 +186,28 @@ def test_goes_on_after_files_were_lost(exported, workdir, calls, tmp_path):
     for name in lost:
       (exported / name).unlink()
     calls.clear()
-    export.export(workdir, exported, list(reversed(COUNTS)), seed=3)
+    export.export(trained, exported, list(reversed(COUNTS)), seed=3)
     assert calls == made
     assert digests(exported) == before
 
 
 @pytest.mark.parametrize("name", [FILES[2], "data_summary.csv"])
-def test_an_exchanged_file_is_named(exported, workdir, calls, tmp_path, name):
+def test_an_exchanged_file_is_named(exported, trained, calls, tmp_path, name):
   out = Path(shutil.copytree(exported, tmp_path / "out"))
   shutil.copyfile(out / FILES[9], out / name)
   before = digests(out)
   calls.clear()
   message = f"{out / name} is not .*; move it away, and the same command"
   with pytest.raises(ValueError, match=message):
-    export.export(workdir, out, COUNTS, seed=3)
+    export.export(trained, out, COUNTS, seed=3)
   assert calls == [] and digests(out) == before
   (out / name).unlink()
-  export.export(workdir, out, COUNTS, seed=3)
+  export.export(trained, out, COUNTS, seed=3)
   assert digests(out) == digests(exported)
 
 
 def test_a_file_that_nobody_has_recorded_is_not_overwritten(
-  exported, workdir, calls, tmp_path
+  exported, trained, calls, tmp_path
 ):
   out = Path(shutil.copytree(exported, tmp_path / "out"))
   lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
@@ -218,31 +217,31 @@ def test_a_file_that_nobody_has_recorded_is_not_overwritten(
   calls.clear()
   message = f"{out / FILES[9]} is not what this request makes here; move it"
   with pytest.raises(ValueError, match=message):
-    export.export(workdir, out, COUNTS, seed=3)
+    export.export(trained, out, COUNTS, seed=3)
   assert calls == [[8, 9, 10]] and digests(out) == before
 
 
-def test_a_damaged_request_is_named(exported, workdir, calls, tmp_path):
+def test_a_damaged_request_is_named(exported, trained, calls, tmp_path):
   out = Path(shutil.copytree(exported, tmp_path / "out"))
   (out / "request.json").write_text('{"seed": 3')
   message = f"{out / 'request.json'} is damaged .*another directory .--out"
   with pytest.raises(ValueError, match=message):
-    export.export(workdir, out, COUNTS, seed=3)
+    export.export(trained, out, COUNTS, seed=3)
 
 
-def test_a_full_disk_is_named(workdir, calls, tmp_path, monkeypatch):
+def test_a_full_disk_is_named(trained, calls, tmp_path, monkeypatch):
   def full(self, data):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(Path, "write_bytes", full)
   with pytest.raises(OSError, match="No space left on device: .*request.json"):
-    export.export(workdir, tmp_path / "out", COUNTS, seed=3)
+    export.export(trained, tmp_path / "out", COUNTS, seed=3)
   assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("written", [0, 3, 9])
 def test_goes_on_after_a_kill(
-  exported, workdir, calls, tmp_path, monkeypatch, written
+  exported, trained, calls, tmp_path, monkeypatch, written
 ):
   left, write_case = written, npz.write_case
 
@@ -255,40 +254,40 @@ def test_goes_on_after_a_kill(
 
   monkeypatch.setattr(npz, "write_case", killed)
   with pytest.raises(KeyboardInterrupt):
-    export.export(workdir, tmp_path, COUNTS, seed=3)
+    export.export(trained, tmp_path, COUNTS, seed=3)
   assert len(list(tmp_path.glob("*.npz"))) == written
   monkeypatch.setattr(npz, "write_case", write_case)
   calls.clear()
-  export.export(workdir, tmp_path, COUNTS, seed=3)
+  export.export(trained, tmp_path, COUNTS, seed=3)
   assert len(calls) == (1 if written > 8 else 2)
   assert digests(tmp_path) == digests(exported)
 
 
-def test_another_request_is_refused(exported, workdir, calls):
+def test_another_request_is_refused(exported, trained, calls):
   before = digests(exported)
   calls.clear()
   with pytest.raises(FileExistsError, match=r"seed 3 \(now 4\); name another"):
-    export.export(workdir, exported, COUNTS, seed=4)
+    export.export(trained, exported, COUNTS, seed=4)
   with pytest.raises(FileExistsError, match=r"'White': 6} \(now {'Asian': 1}"):
-    export.export(workdir, exported, ["Asian=1"], seed=3)
+    export.export(trained, exported, ["Asian=1"], seed=3)
   assert digests(exported) == before
   assert calls == []
 
 
-def test_another_checkpoint_is_refused(exported, workdir, monkeypatch):
+def test_another_checkpoint_is_refused(exported, trained, monkeypatch):
   monkeypatch.setattr(export, "fingerprint", lambda tree: "other")
   with pytest.raises(
     FileExistsError, match=r"another request: checkpoint_sha256 \w+ \(now other"
   ):
-    export.export(workdir, exported, COUNTS, seed=3)
+    export.export(trained, exported, COUNTS, seed=3)
 
 
-def test_a_directory_in_use_is_refused(workdir, tmp_path):
+def test_a_directory_in_use_is_refused(trained, tmp_path):
   file = tmp_path / "notes.txt"
   file.write_text("mine")
   for out in (tmp_path, file):
     with pytest.raises(FileExistsError, match=f"{out} is in use.*--out"):
-      export.export(workdir, out, COUNTS)
+      export.export(trained, out, COUNTS)
   assert list(tmp_path.iterdir()) == [file]
   assert file.read_text() == "mine"
 
@@ -305,24 +304,27 @@ def test_a_directory_in_use_is_refused(workdir, tmp_path):
     (["Asian=1", "asian=2"], "counts name asian twice"),
   ],
 )
-def test_bad_counts(workdir, tmp_path, counts, message):
+def test_bad_counts(trained, tmp_path, counts, message):
   with pytest.raises(ValueError) as error:
-    export.export(workdir, tmp_path / "out", counts)
+    export.export(trained, tmp_path / "out", counts)
   assert message in str(error.value)
   assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_generators(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(export, "setup", setup)
+def test_a_run_without_generators(config, trained, tmp_path):
   plain = config.copy_and_resolve_references().unlock()
   plain.train.points = plain.train.image = (0, 0)
-  configs.claim(tmp_path, plain)
-  with pytest.raises(ValueError, match="no generators: it trains segmenter"):
-    export.export(tmp_path, tmp_path / "out", COUNTS)
+  other = trained._replace(setup=setup(plain))
+  with pytest.raises(ValueError, match="no generators .* trains segmenter"):
+    export.export(other, tmp_path / "out", COUNTS)
+  assert not Path(tmp_path / "out").exists()
 
 
 def test_a_run_without_checkpoint(config, tmp_path):
+  configs.plan(tmp_path, config)
+  message = "prepared but has no checkpoint yet; .*: fairdiff train --workdir"
+  with pytest.raises(FileNotFoundError, match=message):
+    restore(tmp_path)
   configs.claim(tmp_path, config)
-  with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-    export.export(tmp_path, tmp_path / "out", COUNTS)
-  assert not Path(tmp_path / "out").exists()
+  with pytest.raises(FileNotFoundError, match="has no checkpoint yet; let"):
+    restore(tmp_path)

@@ -80,13 +80,20 @@ REQUIRED = {
   "benchmark": SMOKE,
   "compile": SMOKE,
   "evaluate": ("--workdir", "none"),
+  "export": ("--workdir", "none", "--to", "none"),
   "import_weights": ("--source", "none", "--out", "none"),
+  "predict": ("--workdir", "none", "--images", "none", "--out", "none"),
   "sample": ("--workdir", "none", "--counts", "Asian=2", "--out", "none"),
   "train": (*SMOKE, "--workdir", "none"),
 }
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "compare"])
+TAKE_ARGUMENTS = ("check", "compare")
+
+
+@pytest.mark.parametrize(
+  "script", [s for s in SCRIPTS if s not in TAKE_ARGUMENTS]
+)
 def test_what_no_script_knows_is_refused(script):
   done = launch(script, *REQUIRED.get(script, ()), "Black=2")
   assert "nothing is known of 'Black=2'" in error_of(done)
@@ -126,9 +133,12 @@ def test_an_override_that_cannot_be_is_refused(tmp_path, arguments, message):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--workdir", "none"), "give --config FILE, or as --workdir the direct"),
+    (("--workdir", "none"), "give --config NAME or FILE, or as --workdir the"),
     (("--workdir", "none", "--config.seed=3"), "changes a config: give"),
-    (("--workdir", "none", "--config", "no.py"), "there are configs/fairseg"),
+    (
+      ("--workdir", "none", "--config", "no.py"),
+      "there are fairseg, own, phantom",
+    ),
     (("--workdir", "none", "--config", "configs"), "does not exist"),
     (("--workdir", "none", "--config", "configs/phantom.py:no"), "variant"),
     (("--workdir", "none", "--config", "launch/cli.py"), "is no recipe"),

@@ -127,7 +127,7 @@ def world(monkeypatch):
       world.at.get(("batch", len(world.generated)), lambda: None)()
       world.generated.append((seed, *number))
       image = np.full((len(number), 8, 8), 7, np.uint8)
-      image[:, 0, 0], image[:, 0, 1] = number, inference["ema"]["network"][0]
+      image[:, 0, 0], image[:, 0, 1] = number, inference.ema["network"][0]
       fault = np.array([world.faults.get(int(n), "") for n in number])
       return Generated(image, image % 3, np.ones(len(number), int), fault)
 

@@ -12,7 +12,7 @@ from configs.phantom import get_config
 from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
 from fairdiff_jax.objectives.joint import NETWORKS, init_fairness
 from fairdiff_jax.synthesis.generate import make_generator
-from fairdiff_jax.training.checkpoint import Checkpoints, join, split
+from fairdiff_jax.training.checkpoint import Checkpoints, Inference, join
 from fairdiff_jax.training.mesh import (
   host_slice,
   make_mesh,
@@ -304,7 +304,7 @@ def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
     config = run.config.copy_and_resolve_references().unlock()
     config.bank.max_attempts = 50  # the network is not trained
     state = on(run, initial)
-    inference = split(state)["inference"] | {"imported": state.imported}
+    inference = Inference.of(state)
     return partial(make_generator(run._replace(config=config)), inference, 7)
 
   one = generator("one")

@@ -107,7 +107,7 @@ def examine(
       points = np.zeros_like(points)
     elif not absent:
       points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
-    image, mask = _resize(case.image, size), _resize_mask(mask, size, domain)
+    image, mask = resize(case.image, size), _resize_mask(mask, size, domain)
     if strict:
       _require_shown(case.mask, mask, domain)
     codes = case.attributes
@@ -146,8 +146,7 @@ def _crop(
       f"the image ({plain(shape)}) is smaller than the crop {plain(crop)}; "
       "choose a smaller crop."
     )
-  starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
-  centre = tuple(slice(i, i + n) for i, n in zip(starts, crop, strict=True))
+  centre = centre_of(shape, crop)
   # What lies within others is asked first.
   for name, region in reversed(domain.split(case.mask[centre]).items()):
     if strict and not region.any():
@@ -158,7 +157,16 @@ def _crop(
   return case._replace(image=case.image[centre], mask=case.mask[centre])
 
 
-def _resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def centre_of(shape: Sequence[int], crop: Sequence[int]) -> tuple[slice, slice]:
+  """Where the centre `crop` (H, W) of an image lies; all of it for ()."""
+  crop = crop or shape
+  starts = (old // 2 - new // 2 for new, old in zip(crop, shape, strict=True))
+  rows, columns = (slice(i, i + n) for i, n in zip(starts, crop, strict=True))
+  return rows, columns
+
+
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """An image [H, W] or [H, W, C] at another size (H, W), as it is prepared."""
   shrinking = all(
     new <= old for new, old in zip(size, image.shape[:2], strict=True)
   )
@@ -174,7 +182,7 @@ def _resize_mask(
   for structure, region in zip(
     domain.structures, domain.split(mask).values(), strict=True
   ):
-    share = _resize(region.astype(np.float32), size)
+    share = resize(region.astype(np.float32), size)
     if structure.within is None:
       painted[structure.name] = share >= 0.5
     else:

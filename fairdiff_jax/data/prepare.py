@@ -217,7 +217,7 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
     raise ValueError(
       f"{directory} was prepared with {found}. Change "
       f"{', '.join(f'data.{key}' for key in differing)}, or prepare another "
-      "directory (launch/prepare.py)."
+      "directory (fairdiff prepare)."
     )
 
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
+from tensorflow_datasets.core import shuffle
 
 from fairdiff_jax import files
 from fairdiff_jax.data import attributes, groups, statistics
@@ -193,6 +195,8 @@ def write(
     OSError: they cannot be written.
   """
   tfds.disable_progress_bar()
+  # Beyond it records would go to files that TFDS writes with TensorFlow.
+  shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
   builder = Prepared(data_dir=directory, records=records, report=report)
   try:
     with (

@@ -153,6 +153,20 @@ def read_image(path: Path, channels: int) -> tuple[np.ndarray, str]:
   """An image as uint8 [H, W] or [H, W, 3], and its format in words."""
   pixels = _pixels(path, label=False)
   kind = f"{path.suffix[1:].lower()}, {pixels.dtype}"
+  return to_uint8(pixels, channels, str(path)), kind
+
+
+def to_uint8(pixels: np.ndarray, channels: int, what: str) -> np.ndarray:
+  """An image's pixels as uint8 [H, W], or RGB [H, W, 3].
+
+  Args:
+    pixels: [H, W], [H, W, C], of any numbers; scaled unless they are uint8.
+    channels: 1 or 3.
+    what: names the image in messages.
+
+  Raises:
+    ValueError: it is no image, has NaN, or shows nothing.
+  """
   if pixels.ndim == 3 and pixels.shape[-1] in (2, 4):  # the last is opacity
     pixels = pixels[..., :-1]
   if pixels.ndim == 3 and pixels.shape[-1] == 1:
@@ -160,13 +174,13 @@ def read_image(path: Path, channels: int) -> tuple[np.ndarray, str]:
   colour = pixels.ndim == 3 and pixels.shape[-1] == 3
   if not pixels.size or not (colour or pixels.ndim == 2):
     raise ValueError(
-      f"{path} has shape {pixels.shape}; needed is one image, grey [H, W] or"
+      f"{what} has shape {pixels.shape}; needed is one image, grey [H, W] or"
       " colour [H, W, 3]"
     )
   if not np.isfinite(pixels).all():
-    raise ValueError(f"{path} has pixels that are NaN or infinite")
+    raise ValueError(f"{what} has pixels that are NaN or infinite")
   if pixels.min() == pixels.max():
-    raise ValueError(f"{path} shows nothing: every pixel is {pixels.min()}")
+    raise ValueError(f"{what} shows nothing: every pixel is {pixels.min()}")
   if pixels.dtype != np.uint8:
     low, high = np.percentile(pixels, ENDS)
     if low == high:
@@ -177,7 +191,7 @@ def read_image(path: Path, channels: int) -> tuple[np.ndarray, str]:
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
   if channels == 3 and not colour:
     pixels = np.repeat(pixels[..., None], 3, axis=-1)
-  return np.ascontiguousarray(pixels), kind
+  return np.ascontiguousarray(pixels)
 
 
 def write_png(path: str | os.PathLike, pixels: np.ndarray) -> None:

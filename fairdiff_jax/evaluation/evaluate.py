@@ -3,81 +3,54 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import domain as domains
+from fairdiff_jax.data import groups
 from fairdiff_jax.data.cases import Cases
-from fairdiff_jax.data.loader import normalize
+from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.storage import digest, load, num_cases
 from fairdiff_jax.evaluation import realism, report, results, segmentation
+from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.fairness.metrics import Definitions, dice
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import Generated, make_generator
-from fairdiff_jax.training.banks import bank_directory, read_bank
-from fairdiff_jax.training.checkpoint import network, restore_inference
-from fairdiff_jax.training.mesh import map_batch
+from fairdiff_jax.training.banks import read_bank
 from fairdiff_jax.training.pools import case_groups, makers
 from fairdiff_jax.training.schedule import bank_step, learning_steps
-from fairdiff_jax.training.setup import Setup, setup
+from fairdiff_jax.training.trained import Trained, restore
 
 BASELINE = "Baseline (Repeat Sample)"
 REPORT = 2  # tells the noise of a report's cases from that of banks
 
 
-def make_predictor(
-  run: Setup, inference: dict[str, Any], batch_size: int
-) -> Callable[[np.ndarray], np.ndarray]:
-  """The segmenter as (images uint8) -> labels uint8 [n, H, W]."""
-  variables = network(inference, "segmenter")
-  function = jax.jit(
-    run.objective.tasks["segmenter"].sample,
-    out_shardings=NamedSharding(run.mesh, PartitionSpec()),
-  )
-
-  def predict(images):
-    labels = [
-      map_batch(
-        partial(function, variables),
-        [normalize(images[i : i + batch_size])],
-        run.mesh,
-        batch_size,
-      )
-      for i in range(0, len(images), batch_size)
-    ]
-    none = np.empty((0, *images.shape[1:3]), np.uint8)
-    return np.concatenate([none, *labels]).astype(np.uint8)
-
-  return predict
-
-
 def synthesize(
-  run: Setup, inference: dict[str, Any], per_group: int, anatomy: Anatomy
+  trained: Trained, per_group: int, anatomy: Anatomy
 ) -> tuple[Generated, np.ndarray, list[str]]:
   """Fresh synthetic cases of every group, made as a bank's are.
 
   Args:
-    run: set-up of the run.
-    inference: the state's averages.
+    trained: the run.
     per_group: how many; as many as have a sound mask are left.
     anatomy: the training cases.
 
   Returns:
     The cases, their groups [n], and a sentence for every group that lacks some.
   """
-  names, attempts = run.objective.group_names, run.config.bank.max_attempts
+  run, config = trained.setup, trained.config
+  names, attempts = run.objective.group_names, config.bank.max_attempts
   group = np.repeat(np.arange(len(names), dtype=np.int32), per_group)
   cases = make_generator(run, anatomy)(
-    inference,
-    (run.config.seed, 0, REPORT),
+    trained.inference,
+    (config.seed, 0, REPORT),
     np.arange(len(group)),
     group,
     "synthetic cases",
@@ -153,8 +126,17 @@ def definitions_of(evaluation: ConfigDict) -> Definitions:
     raise ValueError(f"evaluation.{error}") from error
 
 
+def report_directory(layout: Layout, data: str | Path | None = None) -> Path:
+  """Where a run's report goes, on its own data or on other."""
+  if data is None:
+    return layout.report
+  data = Path(data).resolve()
+  name = f"{data.parent.name}_{data.name}_{digest(data)[:8]}"
+  return layout.external_report(name)
+
+
 def evaluate(
-  workdir: str | Path,
+  trained: Trained,
   directory: str | Path | None = None,
   evaluation: ConfigDict | None = None,
 ) -> dict:
@@ -164,71 +146,48 @@ def evaluate(
   says so; whatever else it lacks it says in notices.
 
   Args:
-    workdir: the run's directory.
-    directory: where the report goes; None for `<workdir>/report`.
+    trained: the run.
+    directory: where the report goes; None for the run's own place.
     evaluation: as `config.evaluation`; None for the run's own.
 
   Returns:
     What `summary.json` holds; on hosts other than the first, {}.
 
   Raises:
-    FileNotFoundError: no such run, or it has no checkpoint.
     ValueError: unknown definitions, or other data than the run was trained on.
   """
-  workdir = Path(workdir)
-  record = configs.load_record(workdir)
-  config = record.config
+  config, run, layout = trained.config, trained.setup, trained.layout
   evaluation = evaluation or config.evaluation
   definitions = definitions_of(evaluation)
-  run = setup(config)
-  step, inference = restore_inference(workdir, run.objective, run.abstract)
   names, tasks = run.objective.group_names, run.objective.tasks.keys()
-  data = configs.data_directory(config, workdir)
-  if record.data not in ("", found := digest(data)):
+  data = configs.data_directory(config, layout.workdir)
+  expected = trained.record.data
+  if expected not in ("", found := digest(data)):
     raise ValueError(
-      f"{data} holds other cases ({found[:12]}) than the run in {workdir} was"
-      f" trained on ({record.data[:12]}); put those back"
+      f"{data} holds other cases ({found[:12]}) than the run in"
+      f" {layout.workdir} was trained on ({expected[:12]}); put those back"
     )
   train = load(data, "train")
   test = _load_test(data, train)
   train_group, test_group = (case_groups(config, c) for c in (train, test))
   domain = train.domain
-  bank, counts, notices = _read_bank(config, workdir, step, names)
+  bank, counts, notices = _read_bank(config, layout, trained.step, names)
   for g, name in enumerate(names):
     counts[name]["real"] = int((train_group == g).sum())
 
-  size = evaluation.batch_size
   generates = {*makers(config)} <= tasks
-  subject = "FairDiff, joint" if generates else "Segmenter"
-  predictors = {}
-  reason = ""
-  if "segmenter" not in tasks:
-    reason = "the run trains no segmenter (train.segmenter is empty)"
-  elif step <= learning_steps(config, "segmenter")[0]:
-    reason = f"at step {step} the segmenter has not learned yet"
-  else:
-    predictors[subject] = make_predictor(run, inference, size)
-    baseline, missing = _baseline_predictor(workdir, size)
-    if baseline:
-      predictors[BASELINE] = baseline
-    notices += missing
+  predictors, reason, missing = _predictors(trained, evaluation.batch_size)
+  notices += missing
   if not test.name:
     reason = f"there is no test case in {data}"
   predictions = {}
   if test.name:
     predictions = {k: predict(test.image) for k, predict in predictors.items()}
-  cases = {
-    "image": test.image,
-    "label": test.mask,
-    "group": np.array([*names, segmentation.UNKNOWN])[test_group],
-  }
-  if predictions:
-    cases["prediction"] = predictions[subject]
+  cases = _shown(test, test_group, names, predictions)
   synthetic, agreements, realistic = None, None, None
   if generates and evaluation.synthetic_per_group:
     generated, group, missing = synthesize(
-      run,
-      inference,
+      trained,
       evaluation.synthetic_per_group,
       Anatomy(train.image, train.mask, train_group),
     )
@@ -248,19 +207,13 @@ def evaluate(
     }
   if jax.process_index() != 0:
     return {}
-  title = f"Fair segmentation of {workdir.name}"
+  title = f"Fair segmentation of {layout.workdir.name}"
   if not predictions:
-    title = f"{workdir.name}, without segmentation figures"
+    title = f"{layout.workdir.name}, without segmentation figures"
   return report.write(
-    directory or workdir / report.DIRECTORY,
+    directory or report_directory(layout),
     title=title,
-    models={
-      name: segmentation.per_case(
-        *(test.mask, prediction, test.name, test_group, names),
-        *(definitions.empty, domain),
-      )
-      for name, prediction in predictions.items()
-    },
+    models=_measured(test, test_group, names, predictions, definitions, domain),
     reason=reason,
     notices=notices,
     cases=cases,
@@ -271,9 +224,9 @@ def evaluate(
     epoch=results.epoch(
       *(config, names, train_group),
       [counts[name]["synthetic"] for name in names],
-      None if bank == "none" else workdir / "bank" / bank,
+      None if bank == "none" else layout.banks / bank,
     ),
-    log=workdir / "metrics.jsonl",
+    log=layout.log,
     facts={
       "data": config.data.source,
       "attribute": config.data.attribute,
@@ -283,26 +236,197 @@ def evaluate(
       "training cases": len(train.name),
       "test cases": len(test.name),
       report.TEST_DIGEST: _digest(test),
-      "steps": step,
-      **{
-        f"changed at step {change['step']}": "; ".join(
-          f"{name}: {old} before, {new} then"
-          for name, (old, new) in change["fields"].items()
-        )
-        for change in record.changes
-      },
+      **_run_facts(trained),
       "bank in use at the end": bank,
-      "fairness method": config.fairness.method,
-      "data strategy": config.fairness.strategy,
-      "seed": config.seed,
       "absent structures": definitions.empty,
       "equity scaling": definitions.equity,
       "config sha256": configs.config_hash(config),
     },
     definitions=definitions,
     domain=domain,
-    **results.about_run(config, workdir),
+    **results.about_run(config, layout),
   )
+
+
+def evaluate_elsewhere(
+  trained: Trained,
+  data: str | Path,
+  directory: str | Path | None = None,
+  evaluation: ConfigDict | None = None,
+) -> dict:
+  """Evaluates a run on other data than its own, by the groups found there.
+
+  Its test cases, or, where there are none, its training cases: the run has
+  seen neither.
+
+  Args:
+    trained: the run.
+    data: another prepared directory, of any size of images.
+    directory: where the report goes; None for the run's place for such.
+    evaluation: as `config.evaluation`; None for the run's own.
+
+  Returns:
+    What `summary.json` holds; on hosts other than the first, {}.
+
+  Raises:
+    FileNotFoundError: `data` is not prepared.
+    ValueError: it is the run's own, shows other structures, or lacks the
+      attribute; the run has no segmenter, or definitions are unknown.
+  """
+  config, layout = trained.config, trained.layout
+  evaluation = evaluation or config.evaluation
+  definitions = definitions_of(evaluation)
+  data = Path(data)
+  found = digest(data)
+  if found == trained.record.data:
+    raise ValueError(
+      f"{data} is the data that the run in {layout.workdir} was trained on;"
+      " leave --data out to evaluate on its test cases"
+    )
+  split = "test" if num_cases(data, "test") else "train"
+  cases = load(data, split)
+  _require_alike(trained.domain, cases.domain, data)
+  attribute = config.data.attribute
+  try:
+    names = groups.group_names(attribute, (), cases.vocabulary)
+  except ValueError as error:
+    raise ValueError(f"{data}: {error}") from error
+  group = groups.group_codes(attribute, cases.attributes, (), cases.vocabulary)
+  predictors, reason, notices = _predictors(trained, evaluation.batch_size)
+  if not predictors:
+    raise ValueError(f"{layout.workdir}: {reason}")
+  predictions = {
+    k: np.stack([*predict.segment(cases.image)])
+    for k, predict in predictors.items()
+  }
+  if jax.process_index() != 0:
+    return {}
+  kind = {"test": "test", "train": "training"}[split]
+  return report.write(
+    directory or report_directory(layout, data),
+    title=f"{layout.workdir.name} on other data",
+    models=_measured(
+      *(cases, group, names, predictions, definitions, trained.domain)
+    ),
+    notices=[
+      f"External evaluation: these are the {len(cases.name)} {kind} cases of"
+      f" {data} (sha256 {found[:12]}), by its own groups. The run was trained"
+      f" on other data ({config.data.source}).",
+      *notices,
+    ],
+    cases=_shown(cases, group, names, predictions),
+    facts={
+      "external data": str(data),
+      "external data sha256": found,
+      "external cases": f"{len(cases.name)}, its {kind} cases",
+      "attribute": attribute,
+      report.TEST_DIGEST: _digest(cases),
+      "trained on": config.data.source,
+      **_run_facts(trained),
+      "absent structures": definitions.empty,
+      "equity scaling": definitions.equity,
+      "config sha256": configs.config_hash(config),
+    },
+    definitions=definitions,
+    domain=trained.domain,
+    **(results.about_run(config, layout) | {"made_up": False}),
+  )
+
+
+def _require_alike(own: Domain, other: Domain, data: Path) -> None:
+  """Raises ValueError unless masks and images show the same."""
+
+  def told(of: Domain) -> str:
+    nested = (
+      f"{s.name} within {s.within}" if s.within else s.name
+      for s in of.structures
+    )
+    return f"{', '.join(nested)} in {of.channels} channels"
+
+  if told(own) != told(other):
+    raise ValueError(
+      f"{data} shows {told(other)}, but the run was trained on {told(own)};"
+      " prepare it with the domain of the run"
+    )
+
+
+def _predictors(
+  trained: Trained, batch_size: int
+) -> tuple[dict[str, Predictor], str, list[str]]:
+  """The run's segmenter, and its baseline's, by name; why there is none.
+
+  Returns:
+    Them, a clause that says why there is none, and why a baseline is left out.
+  """
+  config, tasks = trained.config, trained.setup.objective.tasks
+  if "segmenter" not in tasks:
+    return {}, "the run trains no segmenter (train.segmenter is empty)", []
+  if trained.step <= learning_steps(config, "segmenter")[0]:
+    reason = f"at step {trained.step} the segmenter has not learned yet"
+    return {}, reason, []
+  generates = {*makers(config)} <= tasks.keys()
+  subject = "FairDiff, joint" if generates else "Segmenter"
+  found = {subject: Predictor(trained, batch_size)}
+  baseline = trained.layout.baseline
+  if not baseline.checkpoints.exists():
+    return found, "", []
+  try:
+    found[BASELINE] = Predictor(restore(baseline.workdir), batch_size)
+  except (OSError, ValueError) as error:
+    return found, "", [f"The baseline is left out: {error}."]
+  return found, "", []
+
+
+def _shown(
+  cases: Cases,
+  group: np.ndarray,
+  names: Sequence[str],
+  predictions: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+  """The cases as a report shows them."""
+  shown = {
+    "image": cases.image,
+    "label": cases.mask,
+    "group": np.array([*names, segmentation.UNKNOWN])[group],
+  }
+  if predictions:
+    shown["prediction"] = next(iter(predictions.values()))
+  return shown
+
+
+def _measured(
+  cases: Cases,
+  group: np.ndarray,
+  names: Sequence[str],
+  predictions: Mapping[str, np.ndarray],
+  definitions: Definitions,
+  domain: Domain,
+) -> dict[str, segmentation.Columns]:
+  return {
+    model: segmentation.per_case(
+      *(cases.mask, prediction, cases.name, group, names),
+      *(definitions.empty, domain),
+    )
+    for model, prediction in predictions.items()
+  }
+
+
+def _run_facts(trained: Trained) -> dict[str, Any]:
+  """How the run was trained."""
+  config = trained.config
+  return {
+    "steps": trained.step,
+    **{
+      f"changed at step {change['step']}": "; ".join(
+        f"{name}: {old} before, {new} then"
+        for name, (old, new) in change["fields"].items()
+      )
+      for change in trained.record.changes
+    },
+    "fairness method": config.fairness.method,
+    "data strategy": config.fairness.strategy,
+    "seed": config.seed,
+  }
 
 
 def _load_test(directory: Path, train: Cases) -> Cases:
@@ -325,7 +449,7 @@ def _digest(cases: Cases) -> str:
 
 
 def _read_bank(
-  config: ConfigDict, workdir: Path, step: int, names: Sequence[str]
+  config: ConfigDict, layout: Layout, step: int, names: Sequence[str]
 ) -> tuple[str, dict[str, dict[str, int]], list[str]]:
   """The bank that the step before `step` used.
 
@@ -335,9 +459,9 @@ def _read_bank(
   """
   counts = {name: {"real": 0, "synthetic": 0} for name in names}
   filled = bank_step(config, step - 1)
-  if filled is None or not list((workdir / "bank").glob("step_*")):
+  if filled is None or not layout.filled_banks:
     return "none", counts, []
-  directory = bank_directory(workdir, filled)
+  directory = layout.bank(filled)
   try:
     domain = domains.of(config.data.domain, config.data.source)
     group = read_bank(directory, config.data.size, len(names), domain).group
@@ -347,18 +471,3 @@ def _read_bank(
   for g, name in enumerate(names):
     counts[name]["synthetic"] = int((group == g).sum())
   return directory.name, counts, []
-
-
-def _baseline_predictor(
-  workdir: Path, batch_size: int
-) -> tuple[Callable[[np.ndarray], np.ndarray] | None, list[str]]:
-  """The segmenter of a run's baseline; None and why, where it has none."""
-  directory = workdir / "baseline"
-  if not (directory / "checkpoints").exists():
-    return None, []
-  try:
-    run = setup(configs.load(directory))
-    _, inference = restore_inference(directory, run.objective, run.abstract)
-    return make_predictor(run, inference, batch_size), []
-  except (OSError, ValueError) as error:
-    return None, [f"The baseline is left out: {error}."]

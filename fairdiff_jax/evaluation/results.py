@@ -26,6 +26,7 @@ from fairdiff_jax.evaluation import segmentation
 from fairdiff_jax.evaluation.page import PALETTE
 from fairdiff_jax.evaluation.verdict import Verdict, conclude
 from fairdiff_jax.fairness.metrics import DEFAULT, Definitions
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.training.banks import CASES
 
 SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
@@ -340,24 +341,24 @@ def epoch(
   return result
 
 
-def about_run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def about_run(config: ConfigDict, layout: Layout) -> dict[str, Any]:
   """The fields of `Results` that a run's config and directory tell.
 
   Args:
     config: the run's config.
-    workdir: its directory.
+    layout: of its directory.
   """
   from fairdiff_jax.training.schedule import phases  # with JAX: it is slow
 
-  baseline = workdir / "baseline"
+  baseline = layout.baseline
   try:
-    about = describe_baseline(config, configs.load(baseline))
+    about = describe_baseline(config, configs.load(baseline.workdir))
   except (OSError, ValueError):  # there is none, or none that can be used
     about = ""
   return {
     "baseline": about,
     "made_up": config.data.source == "phantom",
-    "baseline_log": baseline / "metrics.jsonl",
+    "baseline_log": baseline.log,
     "baseline_start": configs.span(config, "segmenter")[0],
     "phases": phases(config),
     "provenance": provenance(),

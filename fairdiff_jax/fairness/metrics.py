@@ -108,6 +108,10 @@ def dice(
 ) -> np.ndarray:
   """Dice coefficient of one class, in [0, 1].
 
+  >>> label, found = [[[0, 1], [2, 2]]], [[[0, 1], [1, 2]]]
+  >>> dice(label, found, CUP).tolist(), dice(label, found, DISC).tolist()
+  ([0.6666666666666666], [1.0])
+
   Args:
     label: Masks `[n, H, W]`.
     prediction: Masks `[n, H, W]`.
@@ -134,7 +138,11 @@ def iou(
   cls: Class,
   empty: str = "exclude",
 ) -> np.ndarray:
-  """Intersection over union of one class; arguments as for `dice`."""
+  """Intersection over union of one class; arguments as for `dice`.
+
+  >>> iou([[[0, 1], [2, 2]]], [[[0, 1], [1, 2]]], CUP).tolist()
+  [0.5]
+  """
   both, size_a, size_b = _overlap(label, prediction, cls)
   values = _ratio(both, size_a + size_b - both)
   return _with_empty(values, size_a, size_b, empty)
@@ -175,6 +183,9 @@ def hd95(
 ) -> np.ndarray:
   """95th percentile of the symmetric surface distance, as MedPy defines it.
 
+  >>> hd95([[[1, 0, 0, 0]]], [[[0, 0, 0, 1]]], 1).tolist()
+  [3.0]
+
   The surface is what an erosion with the 4-neighbourhood takes away; the
   distances of both directions are pooled before the percentile.
 
@@ -210,6 +221,9 @@ def boundary_dice(
   tolerance: float = 2.0,
 ) -> np.ndarray:
   """Surface Dice at a tolerance (Nikolov et al. 2018, arXiv:1809.04430).
+
+  >>> boundary_dice([[[1, 0, 0, 0]]], [[[0, 0, 1, 0]]], 1).tolist()
+  [1.0]
 
   The share of both surfaces, taken together, that lies within `tolerance` of
   the other one. Surfaces are those of `hd95`, and every pixel counts alike.
@@ -263,7 +277,11 @@ def ratio_error(
   whole: Class,
   kind: str = "area",
 ) -> np.ndarray:
-  """Absolute error of the ratio of two classes; see `cup_to_disc_error`."""
+  """Absolute error of the ratio of two classes; see `cup_to_disc_error`.
+
+  >>> ratio_error([[[1, 2], [2, 2]]], [[[1, 1], [1, 2]]], CUP, DISC).tolist()
+  [0.5]
+  """
   if kind == "area":
     size = np.count_nonzero
   elif kind == "vertical":
@@ -304,6 +322,11 @@ def equity_scaled(
 ) -> float:
   """Equity-scaled value of a measure in [0, 1] where more is better.
 
+  >>> equity_scaled([0.8, 0.8], overall=0.8)
+  0.8
+  >>> round(equity_scaled([0.7, 0.9], overall=0.8), 3)
+  0.701
+
   Args:
     group_means: `[G]`; groups without a value are NaN and left out.
     overall: Mean over all cases.
@@ -337,6 +360,10 @@ def summarize(
   definition: str = "fairdiff_std",
 ) -> dict:
   """Overall and group means of one measure, and how far they lie apart.
+
+  >>> figures = summarize([0.75, 0.5, 0.5], [0, 1, 1], ["A", "B"])
+  >>> figures["worst"], figures["gap"]
+  ('B', 0.25)
 
   Args:
     values: `[n]`, one a case; NaN is left out.

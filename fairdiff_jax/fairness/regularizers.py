@@ -56,6 +56,10 @@ FLAT = 1e-2  # delta of 'equity', in units of the loss
 class DiceTerms(NamedTuple):
   """What the Dice loss of a case is made of, each [B, C].
 
+  >>> terms = DiceTerms(*(jnp.ones((1, 3)) for _ in range(3)))
+  >>> terms.loss().tolist()
+  [0.0]
+
   Attributes:
     overlap: sum of p y over the pixels.
     score: sum of p^2.
@@ -77,8 +81,25 @@ class DiceTerms(NamedTuple):
     return jnp.mean(1 - (overlap + SMOOTH) / (size + SMOOTH), axis=-1)
 
 
+def dice_terms(logits: jax.Array, label: jax.Array) -> DiceTerms:
+  """Sums over pixels from logits [B, H, W, C] and labels int32 [B, H, W].
+
+  >>> import jax.numpy as jnp
+  >>> logits = 9.0 * jnp.eye(2)[None, None]  # one row of two pixels
+  >>> dice_terms(logits, jnp.array([[[0, 1]]])).loss().round(3)
+  Array([0.], dtype=float32)
+  """
+  p = jax.nn.softmax(logits)
+  y = jax.nn.one_hot(label, logits.shape[-1])
+  return DiceTerms(*(jnp.sum(x, axis=(1, 2)) for x in (p * y, p**2, y**2)))
+
+
 class Evidence(NamedTuple):
   """What the segmenter made of a batch.
+
+  >>> seen = evidence(jnp.array([0.25, 0.75]), jnp.array([0, 0]), 2)
+  >>> seen.risk.tolist(), seen.count.tolist()
+  ([0.5, 0.0], [2.0, 0.0])
 
   Attributes:
     risk: [G], of the groups in `known`.
@@ -101,9 +122,58 @@ class Evidence(NamedTuple):
   features: jax.Array | None = None
   axis_name: str | None = None
 
+  def require(self, name: str) -> Any:
+    """A field that a method needs; raises ValueError where it is not given."""
+    found = getattr(self, name)
+    if found is None:
+      raise ValueError(f"this method needs evidence(..., {name}=...)")
+    return found
+
+
+def evidence(
+  losses: jax.Array,
+  group: jax.Array,
+  num_groups: int,
+  weight: jax.Array | None = None,
+  *,
+  dice: DiceTerms | None = None,
+  features: jax.Array | None = None,
+  axis_name: str | None = None,
+) -> Evidence:
+  """What a method is to know of a batch.
+
+  >>> import jax.numpy as jnp
+  >>> seen = evidence(jnp.array([0.2, 0.4]), jnp.array([0, -1]), num_groups=2)
+  >>> [round(float(r), 2) for r in seen.risk], seen.known.tolist()
+  ([0.2, 0.0], [True, False])
+
+  Args:
+    losses: of every case [B].
+    group: of every case int32 [B], -1 for unknown.
+    num_groups: G.
+    weight: of every case [B], 0 for padding; None for 1.
+    dice: terms [B, C], which febs needs; see `dice_terms`.
+    features: pooled features [B, F], which mmd needs.
+    axis_name: mapped axis, where every device sees its own cases alone.
+  """
+  if weight is None:
+    weight = jnp.ones_like(losses)
+  risk, count = group_risk(losses, group, weight, num_groups, axis_name)
+  return Evidence(
+    risk, count > 0, count, group, weight, dice, features, axis_name
+  )
+
 
 class Regularizer(NamedTuple):
   """A fairness method.
+
+  >>> highest = Regularizer(
+  ...   init=lambda num_cases: (),
+  ...   penalty=lambda seen, state: (seen.risk.max(), state),
+  ... )
+  >>> seen = evidence(jnp.array([0.0, 1.0]), jnp.arange(2), 2)
+  >>> float(highest.penalty(seen, highest.init([1, 1]))[0])
+  1.0
 
   Attributes:
     init: training cases of every group [G] -> state.
@@ -155,23 +225,104 @@ def _on_risks(function) -> Regularizer:
   )
 
 
-def _mmd(evidence, state):
-  total, count = group_sum(
-    evidence.features,
-    evidence.group,
-    evidence.weight,
-    len(evidence.count),
-    evidence.axis_name,
-  )
-  present = count > 0
-  mean = total / jnp.where(present, count, 1)[:, None]
-  centre = jnp.sum(mean, axis=0) / jnp.maximum(present.sum(), 1)
-  distance = jnp.sum((mean - centre) ** 2, axis=-1)
-  return _mean(distance, present), state
+def erm() -> Regularizer:
+  """No method: the mean loss alone.
+
+  >>> omega, _ = erm().penalty(evidence(jnp.ones(2), jnp.arange(2), 2), ())
+  >>> float(omega)
+  0.0
+  """
+  return _on_risks(lambda risk, known: jnp.zeros((), risk.dtype))
 
 
-def _group_dro(step_size: float, adjustment: float) -> Regularizer:
+def variance() -> Regularizer:
+  """The variance of the groups' risks.
+
+  >>> seen = evidence(jnp.array([0.0, 1.0]), jnp.arange(2), 2)
+  >>> float(variance().penalty(seen, ())[0])
+  0.25
+  """
+  return _on_risks(_variance)
+
+
+def gap() -> Regularizer:
+  """The highest risk of a group less the lowest.
+
+  >>> seen = evidence(jnp.array([0.0, 1.0]), jnp.arange(2), 2)
+  >>> float(gap().penalty(seen, ())[0])
+  1.0
+  """
+  return _on_risks(_gap)
+
+
+def worst(temperature: float = 0.1) -> Regularizer:
+  """The worst group's excess over the mean risk, smoothed.
+
+  >>> seen = evidence(jnp.array([0.0, 1.0]), jnp.arange(2), 2)
+  >>> float(worst(temperature=1e-3).penalty(seen, ())[0].round(2))
+  0.5
+
+  Args:
+    temperature: tau, in units of the loss; 0 would be the maximum itself.
+  """
+  return _on_risks(partial(_worst, temperature=temperature))
+
+
+def equity() -> Regularizer:
+  """What equity scaling adds to the mean risk, made smooth.
+
+  >>> seen = evidence(jnp.array([0.5, 0.5]), jnp.arange(2), 2)
+  >>> float(equity().penalty(seen, ())[0])
+  0.0
+  """
+  return _on_risks(_equity)
+
+
+def mmd() -> Regularizer:
+  """The distance of the groups' mean features from their centre.
+
+  >>> seen = evidence(
+  ...   jnp.ones(2), jnp.arange(2), 2, features=jnp.array([[0.0], [2.0]])
+  ... )
+  >>> float(mmd().penalty(seen, ())[0])
+  1.0
+
+  Its evidence needs `features`.
+  """
+
+  def penalty(evidence, state):
+    total, count = group_sum(
+      evidence.require("features"),
+      evidence.group,
+      evidence.weight,
+      len(evidence.count),
+      evidence.axis_name,
+    )
+    present = count > 0
+    mean = total / jnp.where(present, count, 1)[:, None]
+    centre = jnp.sum(mean, axis=0) / jnp.maximum(present.sum(), 1)
+    distance = jnp.sum((mean - centre) ** 2, axis=-1)
+    return _mean(distance, present), state
+
+  return Regularizer(lambda num_cases: (), penalty)
+
+
+def group_dro(step_size: float = 0.01, adjustment: float = 0.0) -> Regularizer:
+  """GroupDRO (Sagawa et al. 2020): weights of groups that follow their risks.
+
+  >>> method = group_dro(step_size=1.0)
+  >>> seen = evidence(jnp.array([0.0, 1.0]), jnp.arange(2), 2)
+  >>> _, state = method.penalty(seen, method.init([90, 10]))
+  >>> [round(float(q), 2) for q in state["q"]]
+  [0.27, 0.73]
+
+  Args:
+    step_size: eta.
+    adjustment: C, of the margin C / sqrt(training cases of a group).
+  """
+
   def init(num_cases):
+    num_cases = jnp.asarray(num_cases)
     exists = num_cases > 0
     margin = adjustment / jnp.sqrt(jnp.where(exists, num_cases, 1))
     return {"q": exists / jnp.maximum(exists.sum(), 1), "margin": margin}
@@ -207,9 +358,29 @@ def _per_case(scale, group):
   return rows[jnp.where(group < 0, len(scale), group)]
 
 
-def _febs(gamma: float, dice_weight: float, decay: float) -> Regularizer:
+def febs(
+  gamma: float = 1.0, dice_weight: float = 1.0, decay: float = 0.9
+) -> Regularizer:
+  """FairSeg's Fair Error-Bound Scaling (Tian et al. 2024), with averages.
+
+  >>> dice = DiceTerms(*(jnp.ones((2, 1)) for _ in range(3)))
+  >>> method = febs()
+  >>> seen = evidence(jnp.zeros(2), jnp.arange(2), 2, dice=dice)
+  >>> omega, state = method.penalty(seen, method.init([90, 10]))
+  >>> bool(omega > 0)
+  True
+
+  Its evidence needs `dice`.
+
+  Args:
+    gamma: exponent.
+    dice_weight: weight of Dice in the loss.
+    decay: of the groups' running losses.
+  """
+
   def penalty(evidence, state):
-    _, _, count, group, weight, dice, _, axis_name = evidence
+    dice = evidence.require("dice")
+    _, _, count, group, weight, _, _, axis_name = evidence
     plain = dice.loss()
     loss, _ = group_risk(plain, group, weight, len(count), axis_name)
     scale = _scale(*state.fill(loss, count), gamma)
@@ -220,9 +391,26 @@ def _febs(gamma: float, dice_weight: float, decay: float) -> Regularizer:
   return Regularizer(lambda cases: RunningRisk.start(len(cases)), penalty)
 
 
-def _febs_published(gamma: float, dice_weight: float) -> Regularizer:
+def febs_published(gamma: float = 1.0, dice_weight: float = 1.0) -> Regularizer:
+  """Fair Error-Bound Scaling as published: an absent group silences all others.
+
+  >>> dice = DiceTerms(*(jnp.ones((2, 1)) for _ in range(3)))
+  >>> seen = evidence(jnp.zeros(2), jnp.arange(2), 2, dice=dice)
+  >>> method = febs_published()
+  >>> omega, _ = method.penalty(seen, method.init([90, 10]))
+  >>> bool(omega > 0)
+  True
+
+  Its evidence needs `dice`.
+
+  Args:
+    gamma: exponent.
+    dice_weight: weight of Dice in the loss.
+  """
+
   def penalty(evidence, state):
-    _, _, count, group, weight, dice, _, axis_name = evidence
+    dice = evidence.require("dice")
+    _, _, count, group, weight, _, _, axis_name = evidence
 
     def summed(terms):
       return DiceTerms(
@@ -243,30 +431,24 @@ def _febs_published(gamma: float, dice_weight: float) -> Regularizer:
   return Regularizer(lambda cases: (), penalty)
 
 
-def _none() -> Regularizer:
-  return _on_risks(lambda risk, known: jnp.zeros((), risk.dtype))
-
-
 # Regularizers by name, of the config and the weight of Dice in the loss.
 _MAKERS = {
-  "erm": lambda config, dice_weight: _none(),
-  "variance": lambda config, dice_weight: _on_risks(_variance),
-  "gap": lambda config, dice_weight: _on_risks(_gap),
-  "worst": lambda config, dice_weight: _on_risks(
-    partial(_worst, temperature=config.temperature)
-  ),
-  "equity": lambda config, dice_weight: _on_risks(_equity),
-  "mmd": lambda config, dice_weight: Regularizer(lambda num_cases: (), _mmd),
-  "group_dro": lambda config, dice_weight: _group_dro(
+  "erm": lambda config, dice_weight: erm(),
+  "variance": lambda config, dice_weight: variance(),
+  "gap": lambda config, dice_weight: gap(),
+  "worst": lambda config, dice_weight: worst(config.temperature),
+  "equity": lambda config, dice_weight: equity(),
+  "mmd": lambda config, dice_weight: mmd(),
+  "group_dro": lambda config, dice_weight: group_dro(
     config.step_size, config.adjustment
   ),
-  "febs": lambda config, dice_weight: _febs(
+  "febs": lambda config, dice_weight: febs(
     config.gamma, dice_weight, config.decay
   ),
-  "febs_published": lambda config, dice_weight: _febs_published(
+  "febs_published": lambda config, dice_weight: febs_published(
     config.gamma, dice_weight
   ),
-  "adversarial": lambda config, dice_weight: _none(),
+  "adversarial": lambda config, dice_weight: erm(),
 }
 METHODS = tuple(_MAKERS)
 

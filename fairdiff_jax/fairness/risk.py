@@ -55,6 +55,11 @@ def group_risk(
 ) -> tuple[jax.Array, jax.Array]:
   """Mean loss of every group in the global batch.
 
+  >>> losses, group = jnp.array([1.0, 3.0, 5.0]), jnp.array([0, 0, -1])
+  >>> risk, count = group_risk(losses, group, jnp.ones(3), num_groups=2)
+  >>> risk.tolist(), count.tolist()
+  ([2.0, 0.0], [2.0, 0.0])
+
   Args:
     losses: per-example losses [B].
     group: group index int32 [B]; cases outside 0..G-1 (-1 = unknown) belong
@@ -73,6 +78,11 @@ def group_risk(
 
 class RunningRisk(flax.struct.PyTreeNode):
   """Exponential moving average of every group's risk, debiased.
+
+  >>> average = RunningRisk.start(2)
+  >>> seen = jnp.array([2.0, 0.0]), jnp.array([5, 0])
+  >>> average.update(*seen, decay=0.9).risk.tolist()
+  [2.0, 0.0]
 
   A group's average moves only with batches in which the group is present; the
   weight given so far divides it, so that the first value counts in full.

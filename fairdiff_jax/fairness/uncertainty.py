@@ -244,6 +244,11 @@ def intervals(
 ) -> dict:
   """Bootstrap intervals of the figures of `metrics.summarize`.
 
+  >>> values = [0.7, 0.8, 0.9, 0.8] * 10
+  >>> found = intervals(values, [0, 0, 1, 1] * 10, ["A", "B"])
+  >>> [round(end, 2) for end in found["groups"]["A"]], found["few"]
+  ([0.72, 0.78], ['A', 'B'])
+
   Args:
     values: `[n]`, one a case; NaN is left out.
     group: `[n]` index into `names`, -1 unknown. Unknown cases count in the
@@ -313,6 +318,11 @@ def compare(
   definition: str = "fairdiff_std",
 ) -> dict:
   """Tests whether run b differs from run a on the same cases.
+
+  >>> a, b = [0.7, 0.8] * 20, [0.8, 0.85] * 20
+  >>> found = compare(a, b, [0, 1] * 20, ["A", "B"])
+  >>> round(found["overall"]["difference"], 3), found["overall"]["p"] < 0.01
+  (0.075, True)
 
   A resample draws the same cases for both, and the bootstrap's p is the
   smallest 1 - level at which the interval of the difference leaves out 0. With

@@ -72,6 +72,29 @@ def make_autoencoder(config) -> AutoencoderKL:
   )
 
 
+def make_networks(
+  config,
+) -> tuple[StableDiffusionUNet, StableDiffusionControlNet]:
+  """The networks that `config.stable_diffusion` describes."""
+  sizes = config.stable_diffusion
+  shared = dict(
+    in_channels=sizes.latent_channels,
+    block_out_channels=tuple(sizes.block_out_channels),
+    layers_per_block=sizes.layers_per_block,
+    attention_head_dim=sizes.attention_head_dim,
+    cross_attention_dim=sizes.cross_attention_dim,
+    norm_num_groups=sizes.norm_num_groups,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat,
+  )
+  return (
+    StableDiffusionUNet(**shared, out_channels=sizes.latent_channels),
+    StableDiffusionControlNet(
+      **shared, conditioning_embedding_out_channels=tuple(sizes.hint_channels)
+    ),
+  )
+
+
 def load_autoencoder(config) -> tuple[AutoencoderKL, Any]:
   """The autoencoder in `config.weights` alone, and its parameters.
 
@@ -161,7 +184,7 @@ def _read_prompts(directory, num_groups):
   path = directory / stable_diffusion.PROMPTS
   if not path.exists():
     raise FileNotFoundError(
-      f"{path} does not exist; python launch/import_weights.py makes it"
+      f"{path} does not exist; fairdiff import-weights makes it"
     )
   source = graft.Source(graft.read(path))
   with graft.naming(path):
@@ -207,20 +230,7 @@ def latent_space(config, num_groups: int, image_channels: int = 1) -> Space:
       f"unknown image.unet {config.unet!r}; use one of {', '.join(LEARNT)}"
     )
   sizes = config.stable_diffusion
-  shared = dict(
-    in_channels=sizes.latent_channels,
-    block_out_channels=tuple(sizes.block_out_channels),
-    layers_per_block=sizes.layers_per_block,
-    attention_head_dim=sizes.attention_head_dim,
-    cross_attention_dim=sizes.cross_attention_dim,
-    norm_num_groups=sizes.norm_num_groups,
-    dtype=jnp.dtype(config.dtype),
-    remat=config.remat,
-  )
-  unet = StableDiffusionUNet(**shared, out_channels=sizes.latent_channels)
-  controlnet = StableDiffusionControlNet(
-    **shared, conditioning_embedding_out_channels=tuple(sizes.hint_channels)
-  )
+  unet, controlnet = make_networks(config)
   autoencoder = make_autoencoder(config)
   factor = downsampling(config)
 
@@ -274,8 +284,8 @@ def latent_space(config, num_groups: int, image_channels: int = 1) -> Space:
     missing = modules.keys() - networks.keys()
     if missing:
       raise ValueError(
-        f"{directory} lacks {', '.join(sorted(missing))}; python"
-        " launch/import_weights.py makes a directory that has all"
+        f"{directory} lacks {', '.join(sorted(missing))}; fairdiff"
+        " import-weights makes a directory that has all"
       )
     _require_sizes(config, networks, modules)
     found = assemble(

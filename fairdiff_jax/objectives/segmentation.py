@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fairdiff_jax.data.domain import FUNDUS, Domain
-from fairdiff_jax.fairness.regularizers import DiceTerms
+from fairdiff_jax.fairness.regularizers import dice_terms
 from fairdiff_jax.models import samed
 from fairdiff_jax.models.small_unet import SmallUNet
 from fairdiff_jax.models.transunet import PATCH, TransUNet
@@ -41,13 +41,6 @@ class Network(NamedTuple):
   apply: Callable[..., tuple[jax.Array, jax.Array, Any]]
   num_features: int
   load: Callable[[], Variables] | None = None
-
-
-def dice_terms(logits: jax.Array, label: jax.Array) -> DiceTerms:
-  """Sums over pixels from logits [B, H, W, C] and labels int32 [B, H, W]."""
-  p = jax.nn.softmax(logits)
-  y = jax.nn.one_hot(label, logits.shape[-1])
-  return DiceTerms(*(jnp.sum(x, axis=(1, 2)) for x in (p * y, p**2, y**2)))
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -272,8 +265,8 @@ def segmentation_task(
 
   Returns:
     A task whose `risk` aux holds 'dice' terms [B, classes], pooled 'features'
-    [B, F], and whose `sample` maps (variables, images [B, H, W, C]) to labels
-    int32 [B, H, W].
+    [B, F]; whose `logits` maps (variables, images [B, H, W, C]) to float32
+    [B, H, W, classes], and `sample` to labels int32 [B, H, W].
   """
   network = make_network(config, axis_name, domain)
 
@@ -289,10 +282,12 @@ def segmentation_task(
     aux = {"batch_stats": batch_stats, "dice": dice, "features": features}
     return losses, aux
 
-  def sample(variables, image):
-    logits, *_ = network.apply(variables, image, None, None, False)
+  def logits(variables, image):
+    coarse, *_ = network.apply(variables, image, None, None, False)
     shape = (*image.shape[:3], domain.num_classes)
-    logits = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear")
-    return jnp.argmax(logits, axis=-1)
+    return jax.image.resize(coarse.astype(jnp.float32), shape, "bilinear")
 
-  return Task(network.init, risk, sample, network.load)
+  def sample(variables, image):
+    return jnp.argmax(logits(variables, image), axis=-1)
+
+  return Task(network.init, risk, sample, network.load, logits)

@@ -34,9 +34,12 @@ class Task(NamedTuple):
     sample: draws from the network; its signature is the network's own.
     load: () -> Variables to start from, as numpy arrays, in place of those of
       `init`; None where the config names no weights.
+    logits: (variables, images [B, H, W, C]) -> scores of classes float32
+      [B, H, W, classes]; None for networks that tell none apart.
   """
 
   init: Callable[[jax.Array], Variables]
   risk: Callable[..., tuple[jax.Array, dict[str, Any]]]
   sample: Callable[..., jax.Array] | None = None
   load: Callable[[], Variables] | None = None
+  logits: Callable[..., jax.Array] | None = None

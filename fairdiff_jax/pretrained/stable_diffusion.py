@@ -292,8 +292,8 @@ def load(directory: str | Path) -> dict[str, Network]:
   directory = files.find(directory)
   if not directory.is_dir():
     raise ValueError(
-      f"{directory} is a file, not a folder as diffusers writes it; python"
-      " launch/import_weights.py makes one of it"
+      f"{directory} is a file, not a folder as diffusers writes it; fairdiff"
+      " import-weights makes one of it"
     )
   if (directory / "config.json").is_file():
     config = _read_config(directory)

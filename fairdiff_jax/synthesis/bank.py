@@ -34,7 +34,7 @@ from fairdiff_jax.training.banks import (
   read_record,
   remedy,
 )
-from fairdiff_jax.training.checkpoint import fingerprint, split
+from fairdiff_jax.training.checkpoint import Inference, fingerprint, split
 from fairdiff_jax.training.mesh import from_first_host
 from fairdiff_jax.training.pools import case_groups
 from fairdiff_jax.training.setup import Setup
@@ -79,8 +79,8 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     say: Callable[[str], None],
   ) -> Synthetic | None:
     group = np.repeat(np.arange(len(quota), dtype=np.int32), quota)
-    averages = split(state)["inference"]
-    source = fingerprint({"averages": averages, "group": group})
+    saved = split(state)["inference"]
+    source = fingerprint({"averages": saved, "group": group})
     # One host looks, so that all do the same.
     found = from_first_host(first_host and _is_made_from(directory, source))
     if not found:
@@ -89,7 +89,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
       folder = directory.parent / UNFINISHED / f"{directory.name}_{source[:16]}"
       done = from_first_host(_start(folder) if first_host else 0)
       size = run.config.bank.batch_size
-      inference = averages | {"imported": state.imported}
+      inference = Inference.of(state)
       title = f"bank at step {step}"
       for rows in batches(len(group), size, title, first=done):
         if stop():

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -28,7 +27,6 @@ from fairdiff_jax import files
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data import npz, table
 from fairdiff_jax.data.attributes import ATTRIBUTES
-from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.groups import (
   Vocabulary,
   attributes_of,
@@ -36,23 +34,29 @@ from fairdiff_jax.data.groups import (
   vocabulary_of,
 )
 from fairdiff_jax.synthesis.generate import make_generator
-from fairdiff_jax.training.checkpoint import fingerprint, restore_inference
-from fairdiff_jax.training.setup import setup
+from fairdiff_jax.synthesis.sheet import SHOWN, contact_sheet
+from fairdiff_jax.training.checkpoint import fingerprint
+from fairdiff_jax.training.trained import Trained
 
 REQUEST, MANIFEST = "request.json", "manifest.jsonl"
 AGAIN = "move it away, and the same command makes it anew"
-SHOWN = 8  # cases of a group on the contact sheet
-TILE = 160  # least side of a case there, in pixels
-# Of structures' outlines, BGR.
-COLOURS = (
-  *((0, 159, 230), (233, 180, 86), (115, 158, 0), (167, 121, 204)),
-  *((178, 114, 0), (66, 228, 240), (0, 94, 213)),
-)
 TABLE, IMAGES, LABELS = "cases.csv", "images", "masks"
 
 
+def require_networks(trained: Trained, *names: str) -> None:
+  """Raises ValueError unless a run has some of the generators."""
+  tasks = trained.setup.objective.tasks
+  lacking = [f"train.{name}" for name in names if name not in tasks]
+  if lacking:
+    raise ValueError(
+      f"the run in {trained.layout.workdir} has no generators for this: it"
+      f" trains {', '.join(tasks)} alone. Take a run in which"
+      f" {' and '.join(lacking)} are not empty"
+    )
+
+
 def export(
-  workdir: str | Path, out: str | Path, counts: Sequence[str], *, seed: int = 0
+  trained: Trained, out: str | Path, counts: Sequence[str], *, seed: int = 0
 ) -> None:
   """Writes synthetic cases from a run's newest checkpoint.
 
@@ -63,44 +67,37 @@ def export(
   stopped.
 
   Args:
-    workdir: the run's directory.
+    trained: the run.
     out: where to write; new, empty, or of the same request.
     counts: cases of each group, such as ['Asian=64', 'Black=64'].
     seed: of all noise.
 
   Raises:
-    FileNotFoundError: no such run, or it has no checkpoint.
     FileExistsError: `out` holds something else.
     ValueError: bad counts, a run without generators, a mask that could not be
       drawn, or a file in `out` that is not what was written there.
   """
   out = Path(out)
-  config = configs.load(workdir)
+  config, run = trained.config, trained.setup
   attribute = config.data.attribute
   words = vocabulary_of(config.data)
   wanted = parse_counts(counts, attribute, config.data.pooled, words)
-  run = setup(config)
-  if not {"points", "image"} <= run.objective.tasks.keys():
-    raise ValueError(
-      f"the run in {workdir} has no generators: it trains"
-      f" {', '.join(run.objective.tasks)} alone. Sample from a run whose"
-      " train.points and train.image are not empty"
-    )
-  step, inference = restore_inference(workdir, run.objective, run.abstract)
+  require_networks(trained, "points", "image")
+  step, inference = trained.step, trained.inference
   names = run.objective.group_names
   request = {
     "attribute": attribute,
     "counts": {names[code]: count for code, count in wanted.items()},
     "seed": seed,
     "checkpoint_step": step,
-    "checkpoint_sha256": fingerprint(inference),
+    "checkpoint_sha256": fingerprint(inference._asdict()),
     "config_sha256": configs.config_hash(config),
   }
-  _check_directory(out, request)
+  require_request(out, request)
   group = np.repeat(
     np.array(list(wanted), np.int32), np.array(list(wanted.values()))
   )
-  domain = domains.of(config.data.domain, config.data.source)
+  domain = trained.domain
   as_table = config.data.source.lower().endswith(".csv")
   suffix = "png" if as_table else "npz"
   folder = out / IMAGES if as_table else out
@@ -148,12 +145,12 @@ def export(
         if as_table:
           label = out / LABELS / path.name
           for place, pixels in ((label, domain.label(mask)), (path, image)):
-            with _made_beside(place) as made:
+            with made_beside(place) as made:
               table.write_png(made, pixels)
         else:
           codes = attributes_of(attribute, name, config.data.pooled, words)
           codes = {k: v for k, v in codes.items() if k in ATTRIBUTES}
-          with _made_beside(path) as made:
+          with made_beside(path) as made:
             npz.write_case(
               made, image, mask, codes, synthetic=1, attempts=attempts
             )
@@ -177,7 +174,7 @@ def export(
       files.write(
         out / domains.FILE, json.dumps(domains.to_json(domain), indent=2) + "\n"
       )
-      with _made_beside(out / TABLE) as made:
+      with made_beside(out / TABLE) as made:
         _write_table(made, paths, told, words)
     else:
       rows = [
@@ -189,7 +186,7 @@ def export(
         }
         for path, codes in zip(paths, told, strict=True)
       ]
-      with _made_beside(out / npz.SUMMARY) as made:
+      with made_beside(out / npz.SUMMARY) as made:
         npz.write_summary(made.parent, rows)
     sheet = out / "contact_sheet.png"
     if not sheet.exists():
@@ -202,12 +199,12 @@ def export(
         return table.read_case(row, domain)[:2]
 
       groups = {
-        f"{names[code]}, seed {seed}, step {step}": [
+        f"Synthetic: {names[code]}, seed {seed}, step {step}": [
           read(paths[i]) for i in number[group == code][:SHOWN]
         ]
         for code in wanted
       }
-      files.write(sheet, _contact_sheet(groups, domain))
+      files.write(sheet, contact_sheet(groups, domain))
 
 
 def parse_counts(
@@ -245,8 +242,8 @@ def parse_counts(
   return dict(sorted(wanted.items()))
 
 
-def _check_directory(out: Path, request: dict[str, Any]) -> None:
-  """Raises FileExistsError if `out` holds anything but this request's files."""
+def require_request(out: Path, request: dict[str, Any]) -> None:
+  """Raises FileExistsError if `out` holds anything but a request's files."""
   remedy = "name another directory (--out), or delete this one"
   if not out.exists():
     return
@@ -259,12 +256,12 @@ def _check_directory(out: Path, request: dict[str, Any]) -> None:
     ]
     if differing:
       raise FileExistsError(
-        f"{out} holds cases of another request: {', '.join(differing)};"
+        f"{out} holds files of another request: {', '.join(differing)};"
         f" {remedy}"
       )
   elif not out.is_dir() or any(out.iterdir()):
     raise FileExistsError(
-      f"{out} is in use and was not made by an export (it has no {REQUEST});"
+      f"{out} is in use and was not made by this command (it has no {REQUEST});"
       f" {remedy}"
     )
 
@@ -292,7 +289,7 @@ def _read_manifest(
 
 
 @contextlib.contextmanager
-def _made_beside(path: Path) -> Iterator[Path]:
+def made_beside(path: Path) -> Iterator[Path]:
   """A path of the same name to write to, which then becomes `path`.
 
   Raises:
@@ -329,54 +326,3 @@ def _write_table(path, images, told, words):
   ]
   columns = ["image", "mask", "split", *names, "synthetic"]
   files.write_csv(path, columns, rows)
-
-
-def _contact_sheet(
-  groups: dict[str, Sequence[tuple[np.ndarray, np.ndarray]]],
-  domain: Domain = FUNDUS,
-) -> bytes:
-  """Draws (image, mask) pairs by title as PNG, plain over with contours."""
-  sheet = []
-  for title, cases in groups.items():
-    columns = [
-      np.concatenate(_enlarge(image, mask, domain), axis=0)
-      for image, mask in cases
-    ]
-    blank = np.full_like(columns[0], 255)
-    columns += [blank] * (SHOWN - len(columns))
-    row = np.concatenate(columns, axis=1)
-    strip = np.full((28, row.shape[1], 3), 255, np.uint8)
-    cv2.putText(
-      strip,
-      f"Synthetic: {title}",
-      (6, 20),
-      cv2.FONT_HERSHEY_SIMPLEX,
-      0.55,
-      (0, 0, 0),
-      1,
-      cv2.LINE_AA,
-    )
-    sheet += [strip, row]
-  return cv2.imencode(".png", np.concatenate(sheet, axis=0))[1].tobytes()
-
-
-def _enlarge(
-  image: np.ndarray, mask: np.ndarray, domain: Domain
-) -> tuple[np.ndarray, np.ndarray]:
-  """A case at the sheet's size, BGR: plain, and with its contours."""
-  scale = max(1, -(-TILE // max(image.shape[:2])))
-  size = (scale * image.shape[1], scale * image.shape[0])
-  plain = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
-  white = (255, 255, 255)
-  plain = cv2.copyMakeBorder(plain, *(2,) * 4, cv2.BORDER_CONSTANT, value=white)
-  colours = cv2.COLOR_GRAY2BGR if plain.ndim == 2 else cv2.COLOR_RGB2BGR
-  plain = cv2.cvtColor(plain, colours)
-  drawn = plain.copy()
-  for i, region in enumerate(domain.split(mask).values()):
-    colour = COLOURS[i % len(COLOURS)]
-    region = cv2.resize(region.astype(np.float32), size) > 0.5
-    contours, _ = cv2.findContours(
-      region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
-    )
-    cv2.drawContours(drawn, contours, -1, colour, 1, cv2.LINE_AA, offset=(2, 2))
-  return plain, drawn

@@ -6,7 +6,7 @@ alone, not of the cases beside it.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.diffusion.samplers import example_keys
 from fairdiff_jax.synthesis.anatomy import Anatomy
-from fairdiff_jax.training.checkpoint import INFERENCE, network
+from fairdiff_jax.training.checkpoint import Inference
 from fairdiff_jax.training.mesh import BATCH, map_batch
 from fairdiff_jax.training.pools import makers
 from fairdiff_jax.training.setup import Setup
@@ -113,28 +113,45 @@ def make_generator(
 
   Returns:
     (inference, seed, number [n], group [n], title='cases') -> Generated, with
-    `inference` the state's fields that `network` takes, `seed` that of all
-    noise, an integer or several, and any n; `title` names its progress bar.
+    `seed` that of all noise, an integer or several, and any n; `title` names
+    its progress bar.
   """
-  config = run.config.bank
-  shape = tuple(run.config.data.size)
-  domain = domains.of(run.config.data.domain, run.config.data.source)
-  size = -(-config.batch_size // run.mesh.size) * run.mesh.size
-  strength = config.strength if anatomy else 1.0
-  draws = not anatomy or "points" in makers(run.config)
-  draw_points, draw_images = _compile(
-    run, size, domain.channels, masks=draws, strength=strength
-  )
+  size = run.config.bank.batch_size
+  domain = domain_of(run)
+  draw_masks = _make_mask_generator(run, anatomy)
+  draw_images = make_image_generator(run, anatomy)
 
-  def call(function, variables, key, *arrays):
-    key = np.asarray(jax.random.key_data(key))
-    arrays = [np.asarray(x, np.int32) for x in arrays]
-    return map_batch(
-      lambda *batch: function(variables, key, *batch), arrays, run.mesh, size
-    )
+  def generate(inference, seed, number, group, title="cases"):
+    number, group = np.asarray(number), np.asarray(group)
+    cases = []
+    for rows in batches(len(number), size, title):
+      which = number[rows], group[rows]
+      masks, *rest = draw_masks(inference, seed, *which)
+      images = draw_images(inference, seed, *which, masks)
+      cases.append(Generated(images, masks, *rest))
+    return join(cases, run.config.data.size, domain.channels)
 
-  def draw_masks(variables, base, seed, number, group):
-    """Masks, each drawn until it is sound or `max_attempts` are used up."""
+  return generate
+
+
+def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
+  """Compiles (inference, seed, number, group) -> masks, attempts, fault.
+
+  A mask is drawn until it is sound, or `bank.max_attempts` are used up; n is at
+  most `bank.batch_size`.
+  """
+  config, shape = run.config.bank, tuple(run.config.data.size)
+  domain = domain_of(run)
+  draw_points = None
+  if not anatomy or "points" in makers(run.config):
+    task = run.objective.tasks["points"]
+
+    def points(variables, keys, group):
+      return task.sample(variables, group, keys)
+
+    draw_points = _compile(run, "points", points, ())
+
+  def draw(inference, seed, number, group):
     masks = np.zeros((len(number), *shape), np.uint8)
     attempts = np.zeros(len(number), int)
     faults = [""] * len(number)
@@ -146,10 +163,8 @@ def make_generator(
     for attempt in range(config.max_attempts):
       if not len(pending):
         break
-      key = jax.random.fold_in(base, attempt)
-      clouds = call(
-        draw_points, variables, key, number[pending], group[pending]
-      )
+      key = jax.random.fold_in(_key(seed), attempt)
+      clouds = draw_points(inference, key, number[pending], group[pending])
       for i, cloud in zip(pending, clouds, strict=True):
         if config.harmonics:
           cloud = smooth_contours(cloud, config.harmonics, domain.parents)
@@ -162,37 +177,54 @@ def make_generator(
       pending = np.array([i for i in pending if faults[i]], int)
     return masks, attempts, np.array(faults, str)
 
-  def generate_batch(inference, seed, number, group):
-    base = _key(seed)
-    points = network(inference, "points") if draws else None
-    masks, *rest = draw_masks(points, base, seed, number, group)
-    warped = ()
-    if strength < 1:
-      warped = (anatomy.draw_images(seed, number, group, masks),)
-    images = call(
-      draw_images,
-      network(inference, "image"),
-      jax.random.fold_in(base, config.max_attempts),
-      number,
-      masks,
-      group,
-      *warped,
-    )
-    if domain.channels == 1:
-      images = images[..., 0]
-    images = np.round((images + 1) * 127.5).astype(np.uint8)
-    return Generated(images, masks, *rest)
+  return draw
 
-  def generate(inference, seed, number, group, title="cases"):
-    number, group = np.asarray(number), np.asarray(group)
-    rows = batches(len(number), config.batch_size, title)
-    return join(
-      [generate_batch(inference, seed, number[i], group[i]) for i in rows],
-      shape,
-      domain.channels,
-    )
 
-  return generate
+def make_image_generator(
+  run: Setup, anatomy: Anatomy | None = None
+) -> Callable[..., np.ndarray]:
+  """Compiles the image generator, for batches of `bank.batch_size`.
+
+  Args:
+    run: set-up of the run.
+    anatomy: as for `make_generator`.
+
+  Returns:
+    (inference, seed, number [n], group [n], mask [n, H, W]) -> images, uint8
+    [n, H, W] or RGB [n, H, W, 3], for any n.
+  """
+  config = run.config.bank
+  shape, channels = tuple(run.config.data.size), domain_of(run).channels
+  strength = config.strength if anatomy else 1.0
+  task = run.objective.tasks["image"]
+
+  def images(variables, keys, group, mask, *warped):
+    start = (normalize(warped[0]), strength) if warped else ()
+    return task.sample(variables, mask, group, keys, *start)
+
+  real = shape if channels == 1 else (*shape, channels)
+  warped = (real,) if strength < 1 else ()
+  draw_images = _compile(run, "image", images, (), shape, *warped)
+
+  def draw(inference, seed, number, group, mask):
+    # Other noise than that of any attempt at a mask.
+    key = jax.random.fold_in(_key(seed), config.max_attempts)
+    found = np.empty((len(number), *shape, channels), np.uint8)
+    for rows in batches(len(number), config.batch_size, "images"):
+      case = number[rows], group[rows], mask[rows]
+      start = ()
+      if strength < 1:
+        start = (anatomy.draw_images(seed, *case),)
+      pixels = draw_images(inference, key, *case, *start)
+      found[rows] = np.round((pixels + 1) * 127.5).astype(np.uint8)
+    return found[..., 0] if channels == 1 else found
+
+  return draw
+
+
+def domain_of(run: Setup) -> domains.Domain:
+  """What a run's masks and images show."""
+  return domains.of(run.config.data.domain, run.config.data.source)
 
 
 def _key(seed: int | Sequence[int]) -> jax.Array:
@@ -201,41 +233,48 @@ def _key(seed: int | Sequence[int]) -> jax.Array:
   return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _compile(
-  run: Setup, size: int, channels: int, *, masks: bool, strength: float
-):
-  """The two generators, of masks if asked for, for batches of `size`."""
-  replicated = NamedSharding(run.mesh, PartitionSpec())
+def _compile(run: Setup, name: str, sample, *shapes) -> Callable:
+  """Compiles a network's sampling for batches of `bank.batch_size`.
+
+  Args:
+    run: set-up of the run.
+    name: of the network.
+    sample: (variables, keys [B], *arrays) -> array [B, ...].
+    shapes: of a row of every array, which holds integers.
+
+  Returns:
+    (inference, key, number [n], *arrays) -> numpy, n at most the batch size.
+  """
+  batch_size = run.config.bank.batch_size
+  size = -(-batch_size // run.mesh.size) * run.mesh.size
   rows = NamedSharding(run.mesh, BATCH)
-  inference = {
-    field: getattr(run.abstract, field) for field in (*INFERENCE, "imported")
-  }
+  replicated = NamedSharding(run.mesh, PartitionSpec())
 
-  def draw_points(variables, key, number, group):
+  def keyed(variables, key, number, *arrays):
     keys = example_keys(jax.random.wrap_key_data(key), number)
-    return run.objective.tasks["points"].sample(variables, group, keys)
+    return sample(variables, keys, *arrays)
 
-  def draw_images(variables, key, number, mask, group, *warped):
-    keys = example_keys(jax.random.wrap_key_data(key), number)
-    start = (normalize(warped[0]), strength) if warped else ()
-    return run.objective.tasks["image"].sample(
-      variables, mask, group, keys, *start
+  integers = [
+    jax.ShapeDtypeStruct((size, *s), np.int32, sharding=rows)
+    for s in ((), *shapes)
+  ]
+  with jax.set_mesh(run.mesh):  # kernels ask for it
+    compiled = (
+      jax.jit(keyed, out_shardings=replicated)
+      .lower(
+        Inference.of(run.abstract).network(name),
+        jax.ShapeDtypeStruct((2,), np.uint32, sharding=replicated),
+        *integers,
+      )
+      .compile()
     )
 
-  def compiled(function, name: str, *shapes) -> Any:
-    integers = [
-      jax.ShapeDtypeStruct((size, *s), np.int32, sharding=rows) for s in shapes
-    ]
-    key = jax.ShapeDtypeStruct((2,), np.uint32, sharding=replicated)
-    jitted = jax.jit(function, out_shardings=replicated)
-    with jax.set_mesh(run.mesh):  # kernels ask for it
-      return jitted.lower(network(inference, name), key, *integers).compile()
+  def call(inference, key, *arrays):
+    variables = inference.network(name)
+    key = np.asarray(jax.random.key_data(key))
+    arrays = [np.asarray(x, np.int32) for x in arrays]
+    return map_batch(
+      lambda *batch: compiled(variables, key, *batch), arrays, run.mesh, size
+    )
 
-  mask = image = tuple(run.config.data.size)
-  if channels > 1:
-    image = (*image, channels)
-  warped = (image,) if strength < 1 else ()
-  return (
-    compiled(draw_points, "points", (), ()) if masks else None,
-    compiled(draw_images, "image", (), mask, (), *warped),
-  )
+  return call

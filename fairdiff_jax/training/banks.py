@@ -1,8 +1,8 @@
 """Banks of synthetic cases, as they lie in a run's directory.
 
-A bank is `<workdir>/bank/step_XXXXXXXX`, by the step at which it was filled,
-complete or absent: its cases, a manifest with a line for each, and a record of
-what it was made from. A checkpoint remembers which one was in use.
+A bank is a directory, named by the step at which it was filled, complete or
+absent: its cases, a manifest with a line for each, and a record of what it was
+made from. A checkpoint remembers which one was in use.
 """
 
 import shutil
@@ -14,6 +14,7 @@ import numpy as np
 
 from fairdiff_jax import files
 from fairdiff_jax.data.domain import FUNDUS, Domain
+from fairdiff_jax.layout import Layout
 
 CASES, MANIFEST, RECORD = "cases.npz", "manifest.jsonl", "bank.json"
 
@@ -32,11 +33,6 @@ class Synthetic(NamedTuple):
   mask: np.ndarray
   group: np.ndarray
   sizes: np.ndarray
-
-
-def bank_directory(workdir: str | Path, step: int) -> Path:
-  """Where the bank that is filled at a step lies."""
-  return Path(workdir) / "bank" / f"step_{step:08d}"
 
 
 def bank_facts(directory: Path) -> dict[str, str]:
@@ -61,7 +57,7 @@ def check_bank(workdir: str | Path, facts: Mapping[str, Any]) -> None:
   bank = remembered(facts)
   if bank is None:
     return
-  path = Path(workdir) / "bank" / bank["name"] / CASES
+  path = Layout(workdir).banks / bank["name"] / CASES
   if not path.exists():
     raise ValueError(f"its bank {path} is missing")
   if "sha256" in bank and files.sha256(path) != bank["sha256"]:
@@ -137,6 +133,6 @@ def read_bank(
 
 def prune(workdir: str | Path, kept: Collection[str]) -> None:
   """Removes all banks but those of some names."""
-  for directory in (Path(workdir) / "bank").glob("step_*"):
+  for directory in Layout(workdir).filled_banks:
     if directory.name not in kept:
       shutil.rmtree(directory)

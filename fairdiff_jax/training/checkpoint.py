@@ -14,41 +14,54 @@ import hashlib
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.objectives.joint import Objective
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.start import import_weights
 from fairdiff_jax.training.step import TrainState
 
-INFERENCE = ("ema", "batch_stats", "frozen")
+
+class Inference(NamedTuple):
+  """What sampling and predicting need of a state, by network.
+
+  Attributes:
+    ema: averaged parameters.
+    batch_stats: running statistics of batch normalisation.
+    frozen: statistics of the training data.
+    imported: frozen weights that were imported.
+  """
+
+  ema: dict[str, Any]
+  batch_stats: dict[str, Any]
+  frozen: dict[str, Any]
+  imported: dict[str, Any]
+
+  @classmethod
+  def of(cls, state: TrainState) -> Self:
+    """The part of a state, or of its description."""
+    return cls(*(getattr(state, name) for name in cls._fields))
+
+  def network(self, name: str) -> Variables:
+    """A network's averaged variables."""
+    frozen = {**self.frozen[name], **self.imported[name]}
+    return Variables(self.ema[name], self.batch_stats[name], frozen)
 
 
 def split(state: TrainState) -> dict[str, dict[str, Any]]:
   """The two parts of a state, as dicts of its fields, less 'imported'."""
   fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
   del fields["imported"]
-  inference = {name: fields.pop(name) for name in INFERENCE}
+  saved = (name for name in Inference._fields if name in fields)
+  inference = {name: fields.pop(name) for name in [*saved]}
   return {"inference": inference, "training": fields}
-
-
-def network(inference: dict[str, Any], name: str) -> Variables:
-  """A network's averaged variables.
-
-  Args:
-    inference: the state's fields 'ema', 'batch_stats', 'frozen', 'imported'.
-    name: of the network.
-  """
-  ema, batch_stats, frozen, imported = (
-    inference[field][name] for field in (*INFERENCE, "imported")
-  )
-  return Variables(ema, batch_stats, {**frozen, **imported})
 
 
 def join(
@@ -72,7 +85,7 @@ def fingerprint(tree: Any) -> str:
 
 
 class Checkpoints:
-  """The checkpoints under `<workdir>/checkpoints`.
+  """The checkpoints of a run.
 
   Args:
     workdir: a run's directory.
@@ -88,7 +101,7 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     saves = ocp.training.save_decision_policies
     self._checkpointer = ocp.training.Checkpointer(
-      Path(workdir).absolute() / "checkpoints",
+      Layout(workdir).checkpoints.absolute(),
       preservation_policy=policies.LatestN(keep) if keep else None,
       # The loop decides when to save.
       save_decision_policy=saves.FixedIntervalPolicy(1),
@@ -238,8 +251,8 @@ class Checkpoints:
 
 def restore_inference(
   workdir: str | Path, objective: Objective, abstract: TrainState
-) -> tuple[int, dict[str, Any]]:
-  """Step and inference part of a run's newest checkpoint, with 'imported'.
+) -> tuple[int, Inference]:
+  """Step and inference part of a run's newest checkpoint.
 
   Raises:
     FileNotFoundError: if the run has no checkpoint yet.
@@ -256,7 +269,7 @@ def restore_inference(
   imported = import_weights(objective, abstract)
   checkpoints.check_imported(step, imported)
   checkpoints.close()
-  return step, parts["inference"] | {"imported": imported}
+  return step, Inference(**parts["inference"], imported=imported)
 
 
 def describe(

@@ -11,6 +11,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from fairdiff_jax import files
+from fairdiff_jax.layout import Layout
 
 # tqdm's own guess of the time left takes all steps to be alike.
 BAR = (
@@ -37,7 +38,7 @@ class Journal:
     self._enabled = enabled
     if not enabled:
       return
-    path = workdir / "metrics.jsonl"
+    path = Layout(workdir).log
     records = files.read_json_lines(path) if path.exists() else []
     kept = [
       json.dumps(record) + "\n"

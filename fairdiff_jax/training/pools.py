@@ -93,7 +93,7 @@ class Pools:
     if self._learns("points") and not cases.points.any():
       raise ValueError(
         "no training case can teach the mask generator: each lacks a structure,"
-        " or its points do not give its mask back; see what launch/prepare.py"
+        " or its points do not give its mask back; see what fairdiff prepare"
         " says, raise data.num_points, or set train.points=(0, 0)"
       )
     for name in makers(config):

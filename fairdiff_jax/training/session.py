@@ -15,9 +15,9 @@ from fairdiff_jax import config as configs
 from fairdiff_jax import files
 from fairdiff_jax.data import domain
 from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.training import schedule
 from fairdiff_jax.training.banks import (
-  bank_directory,
   bank_facts,
   check_bank,
   prune,
@@ -70,6 +70,7 @@ class Session:
     proceed: bool,
   ):
     self._config, self._workdir = config, workdir
+    self._layout = Layout(workdir)
     self._first_host = jax.process_index() == 0
     if not proceed:
       configs.require(workdir, config)
@@ -81,7 +82,7 @@ class Session:
     # Only now: a config that cannot run must not claim the directory.
     if self._first_host:
       files.sweep(workdir)
-      files.sweep(workdir / "bank")
+      files.sweep(self._layout.banks)
     self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     newest = next(iter(self._checkpoints.all_facts()), {})
     claim = partial(
@@ -160,7 +161,7 @@ class Session:
     learning = schedule.active_networks(self._config, self.start)
     if step in (None, self.start) or "segmenter" not in learning:
       return False
-    return not bank_directory(self._workdir, step).exists()
+    return not self._layout.bank(step).exists()
 
   def stop_if_asked(self):
     """Raises Asked if the run was asked to stop before a step."""
@@ -216,7 +217,7 @@ class Session:
     config, synthetic = self._config, None
     self._filled, self._bank = schedule.bank_step(config, step), None
     if self.pools.filled:
-      directory = bank_directory(self._workdir, self._filled)
+      directory = self._layout.bank(self._filled)
       if step in self._refills:
         synthetic = self._refill(directory)
       else:
@@ -305,7 +306,7 @@ class Session:
 def _require_same_shapes(run: Setup, workdir: Path):
   """Raises ValueError if the run's checkpoints are of other shapes."""
   record = configs.find_record(workdir)
-  if record is None:
+  if record is None or not record.started:
     return
   changed = configs.differences(
     configs.compared(record.config), configs.compared(run.config)
@@ -332,7 +333,7 @@ def _check_finite(workdir, pools, step, metrics):
   }
   if all(np.isfinite(v) for v in guarded.values()):
     return
-  path = workdir / f"nonfinite_step_{step}.json"
+  path = Layout(workdir).nonfinite(step)
   if jax.process_index() == 0:
     numbers = {k: str(float(v)) for k, v in metrics.items()}
     dump = {"step": step, "cases": pools.ids(step), "metrics": numbers}

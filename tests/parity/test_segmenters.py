@@ -9,11 +9,11 @@ import pytest
 import safetensors.numpy
 
 from configs import fairseg, phantom
-from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.experiment import run as run_experiment
 from fairdiff_jax.fairness import metrics
 from fairdiff_jax.objectives.segmentation import make_network
 from fairdiff_jax.pretrained import segment_anything
+from fairdiff_jax.run import Run
 from fairdiff_jax.training.optimizer import make_optimizer
 from fairdiff_jax.training.setup import setup
 
@@ -97,7 +97,7 @@ def test_recipe_trains_resumes_and_evaluates(network, tmp_path):
 
   config.evaluation.empty = "published"
   config.evaluation.equity = "fairseg_sum"
-  published = evaluate(workdir, tmp_path / "published", config.evaluation)
+  published = Run(workdir, config).evaluate(out=tmp_path / "published")
   assert published["definitions"] == {
     "empty": "published",
     "equity": "fairseg_sum",

@@ -1,0 +1,31 @@
+"""Hands over what a run has learned: weights, a program, a model card.
+
+  fairdiff export --workdir runs/quickstart --to quickstart_model
+
+Writes the segmenter as StableHLO, which JAX runs without this package, and as
+safetensors, of a SAMed also its LoRA by the public code's names; the mask
+generator; the image generator, for Stable Diffusion as folders that diffusers
+reads; and MODEL_CARD.md with data, groups, figures and licences.
+"""
+
+from absl import flags
+from fairdiff_jax.launch import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+TO = flags.DEFINE_string("to", None, "New directory.")
+flags.mark_flags_as_required(["workdir", "to"])
+
+
+def main(_):
+  from fairdiff_jax.run import Run
+
+  Run(WORKDIR.value).export(TO.value)
+  print(f"written: {TO.value}/MODEL_CARD.md says what there is")
+
+
+def start():
+  cli.run(main)
+
+
+if __name__ == "__main__":
+  start()
