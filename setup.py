@@ -21,7 +21,10 @@ setup(
     "fairdiff_jax.configs": "configs",
     "fairdiff_jax.launch": "launch",
   },
-  package_data={"fairdiff_jax": ["py.typed"]},
+  package_data={
+    "fairdiff_jax": ["py.typed"],
+    "fairdiff_jax.evaluation": ["templates/*"],
+  },
   entry_points={
     "console_scripts": ["fairdiff=fairdiff_jax.launch.command:main"]
   },
@@ -30,6 +33,8 @@ setup(
     "array_record",
     "flax",
     "jax",
+    "jinja2",
+    "markupsafe",
     "matplotlib",
     "ml-collections",
     "numpy",

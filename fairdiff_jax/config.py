@@ -193,6 +193,13 @@ FIELDS: dict[str, Any] = dict(
   data=dict(
     source=_text("", "a table (.csv), a directory of npz files, or 'phantom'"),
     directory=_text("", "prepared data; '' = <workdir>/data"),
+    validation=_real(
+      0,
+      "share of training cases held out, by patient, where the source has no"
+      " validation cases",
+      0,
+      0.5,
+    ),
     crop=_size((), "of the centre to use; () = all of it", may_be_empty=True),
     size=_size((256, 256), "that it is resized to"),
     num_points=_whole(512, "points per cloud", 8),

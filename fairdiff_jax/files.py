@@ -425,6 +425,7 @@ def read_npz(
   names: Collection[str] | None = None,
   *,
   limit: int | None = None,
+  mapped: bool = False,
 ) -> dict[str, np.ndarray | None]:
   """Reads the arrays of an npz file; nothing that could run is read.
 
@@ -434,6 +435,8 @@ def read_npz(
     path: of the file.
     names: of the arrays to read, None for all; others are None.
     limit: most bytes of an array; None for no limit but the file's own.
+    mapped: whether arrays that are not compressed are memory-mapped; their
+      checksums are then not looked at.
 
   Raises:
     FileNotFoundError: no such file.
@@ -450,7 +453,7 @@ def read_npz(
         name = member.filename.removesuffix(".npy")
         arrays[name] = None
         if names is None or name in names:
-          arrays[name] = _read_array(archive, member, limit)
+          arrays[name] = _read_array(archive, member, limit, mapped)
       return arrays
   except _Refused as error:
     raise ValueError(f"{path}: array {name!r} {error}") from error
@@ -466,7 +469,10 @@ class _Refused(Exception):
 
 
 def _read_array(
-  archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int | None
+  archive: zipfile.ZipFile,
+  member: zipfile.ZipInfo,
+  limit: int | None,
+  mapped: bool,
 ) -> np.ndarray:
   form = np.lib.format
   readers = {
@@ -496,10 +502,49 @@ def _read_array(
         f"has {claimed / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that"
         " such an array may have; is it the right file?"
       )
+    order = "F" if fortran else "C"
+    if mapped and claimed and member.compress_type == zipfile.ZIP_STORED:
+      start = _start_of(archive, member) + head.tell()
+      array = np.memmap(archive.filename, dtype, "r", start, shape, order)
+      return np.asarray(array)
     content = bytearray(head.read())
     content += file.read()
     array = np.frombuffer(content, dtype)
-  return array.reshape(shape, order="F" if fortran else "C")
+  return array.reshape(shape, order=order)
+
+
+def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+  """Where the bytes of a member begin, after its local header."""
+  with open(archive.filename, "rb") as file:
+    file.seek(member.header_offset + 26)
+    lengths = np.frombuffer(file.read(4), "<u2")
+    return file.tell() + int(lengths.sum())
+
+
+@contextlib.contextmanager
+def new_npz(
+  path: str | os.PathLike,
+) -> Iterator[Callable[..., None]]:
+  """An npz file that `read_npz` can map, written array by array.
+
+  The block is given (name, number, row, dtype, chunks): `chunks` are arrays
+  [k, *row] that have `number` rows in all, which need not be in memory
+  together. The same arrays give the same bytes.
+
+  Raises:
+    OSError: it cannot be written; the message names it.
+  """
+  path = Path(path)
+  with _naming(path), zipfile.ZipFile(path, "w") as archive:
+
+    def add(name, number, row, dtype, chunks):
+      member = zipfile.ZipInfo(f"{name}.npy")
+      with archive.open(member, "w", force_zip64=True) as file:
+        append = _appender(file, path, number, tuple(row), dtype)
+        for chunk in chunks:
+          append(chunk)
+
+    yield add
 
 
 @contextlib.contextmanager
@@ -518,22 +563,28 @@ def new_array(
     OSError: it cannot be written; a full disk is told of, as it would not be
       of a memory-mapped file.
   """
-  path, dtype = Path(path), np.dtype(dtype)
+  path = Path(path)
+  with _naming(path), path.open("wb") as file:
+    yield _appender(file, path, number, row, dtype)
+
+
+def _appender(file, path, number, row, dtype):
+  """Writes the header of an array [number, *row]; what appends rows to it."""
+  dtype = np.dtype(dtype)
   header = {
     "descr": np.lib.format.dtype_to_descr(dtype),
     "fortran_order": False,
     "shape": (number, *row),
   }
-  with _naming(path), path.open("wb") as file:
-    np.lib.format.write_array_header_1_0(file, header)
+  np.lib.format.write_array_header_1_0(file, header)
 
-    def append(values):
-      values = np.ascontiguousarray(values, dtype)
-      if values.shape[-len(row) :] != row:
-        raise ValueError(f"rows of {path} are {row}, not {values.shape}")
-      file.write(values.data)
+  def append(values):
+    values = np.ascontiguousarray(values, dtype)
+    if values.shape[values.ndim - len(row) :] != row:
+      raise ValueError(f"rows of {path} are {row}, not {values.shape}")
+    file.write(values.reshape(-1).view(np.uint8).data)
 
-    yield append
+  return append
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -208,12 +208,21 @@ def test_markdown_shows_the_figures(study):
   assert "nan" not in text
 
 
+def page_of(out):
+  """The page without the figures that can be taken away."""
+  return re.sub(r'"data:[^"]*"', '""', (out / "index.html").read_text())
+
+
 def test_page_stands_alone(study):
-  text = (study[2] / "index.html").read_text()
+  text = page_of(study[2])
   assert not re.search(r"https?:|@import|url\((?!#)|<script|src=", text)
+  for address in re.findall(r'href="([^#"]+)"', text):
+    assert (study[2] / address).is_file()
+  anchors = re.findall(r'<h2 id="(.*?)"', text)
+  assert re.findall(r'href="#([^"]*)">[^<]', text)[: len(anchors)] == anchors
   assert "nan" not in text
   assert text.count("<svg ") == text.count('role="img"') == 3
-  for name in ("reference", "&lt;b&gt;&quot;x&quot;|&amp;", "ceiling"):
+  for name in ("reference", "&lt;b&gt;&#34;x&#34;|&amp;", "ceiling"):
     assert name in text
   assert EVIL not in text
   assert "Warning: fewer than 30" in text
@@ -309,6 +318,7 @@ def test_one_run_alone(tmp_path):
 def test_summary_holds_the_rows_and_the_differences(study):
   _, rows, out = study
   summary = json.loads((out / "summary.json").read_text())
+  assert summary["schema"] == compare.SCHEMA
   assert summary["reference"] == "reference"
   assert summary["ceiling"] == "ceiling"
   assert summary["groups"] == {"Asian": 12, "Black": 32, "White": 40}
@@ -344,7 +354,7 @@ def test_no_figure_ends_a_comparison(tmp_path):
     out = tmp_path / f"out{i}"
     compare.compare_runs(runs, out, ceiling="b")
     text = (out / "comparison.md").read_text()
-    assert "nan" not in text + (out / "index.html").read_text()
+    assert "nan" not in text + page_of(out)
     assert json.loads((out / "summary.json").read_text())["n"] == 3
 
 

@@ -297,6 +297,7 @@ def test_prepare_phantoms(tmp_path):
       "crop": (),
       "attribute": "race",
       "domain": "",
+      "validation": 0.0,
       "phantom": {
         "train": 9,
         "test": 1,

@@ -307,3 +307,28 @@ def test_an_owner_on_another_host_is_believed_while_it_breathes(tmp_path):
   os.utime(path, (silent, silent))
   with files.owned(tmp_path):
     assert "elsewhere" not in path.read_text()
+
+
+def test_arrays_larger_than_memory_are_written_and_mapped(tmp_path):
+  path = tmp_path / "some.npz"
+  rows = np.arange(24, dtype=np.int16).reshape(6, 2, 2)
+  words = np.array(["", "ragged"])
+  with files.new_npz(path) as add:
+    add("rows", 6, (2, 2), np.int16, (rows[i : i + 2] for i in (0, 2, 4)))
+    add("words", 2, (), words.dtype, [words])
+    add("none", 0, (3,), np.uint8, [])
+  found = files.read_npz(path, mapped=True)
+  np.testing.assert_array_equal(found["rows"], rows)
+  np.testing.assert_array_equal(found["words"], words)
+  assert found["none"].shape == (0, 3)
+  assert isinstance(found["rows"].base, np.memmap)
+  with np.load(path) as archive:  # any reader's file
+    np.testing.assert_array_equal(archive["rows"], rows)
+  path.write_bytes(path.read_bytes()[:150])
+  with pytest.raises(ValueError, match=r"some\.npz.*copy it again"):
+    files.read_npz(path, mapped=True)
+  with (
+    pytest.raises(ValueError, match=r"are \(2,\), not \(2, 3\)"),
+    files.new_array(tmp_path / "rows.npy", 2, (2,), np.uint8) as append,
+  ):
+    append(np.zeros((2, 3)))

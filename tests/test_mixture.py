@@ -200,3 +200,28 @@ def test_prefetcher_builds_each_batch_once():
   assert prefetch(2, following=3) == 2
   assert prefetch(7, following=None) == 7  # not what was announced
   prefetch.close()
+
+
+@pytest.mark.parametrize("recipe", ["none", "strong"])
+def test_joined_arrays_give_the_batches_of_one(recipe):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (9, 16, 16)).astype(np.uint8)
+  mask = rng.integers(0, 3, (9, 16, 16)).astype(np.uint8)
+  one = loader.Pool(
+    [str(i) for i in range(9)],
+    image,
+    mask,
+    np.arange(9, dtype=np.int32),
+    np.zeros((9, 0, 3), np.float32),
+    np.arange(9),
+  )
+  parts = [loader.Joined(x[:4], x[4:4], x[4:]) for x in (image, mask)]
+  joined = one._replace(image=parts[0], mask=parts[1])
+  assert len(joined.image) == 9
+  arguments = dict(seed=0, stream=1, step=2, size=6, rows=slice(1, 5))
+  first, second = (
+    loader.make_batch(pool, recipe=recipe, **arguments)
+    for pool in (one, joined)
+  )
+  for name, expected in first.items():
+    np.testing.assert_array_equal(second[name], expected)

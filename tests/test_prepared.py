@@ -27,6 +27,7 @@ def data_config(**changes):
       "num_points": 64,
       "split": "use",
       "crop": (),
+      "validation": 0.0,
       "attribute": "race",
       "phantom": {
         "train": 9,
@@ -345,3 +346,10 @@ def test_the_cases_of_a_split_are_counted(source, tmp_path):
   train = storage.load(directory, "train", progress=False)
   assert storage.num_cases(directory, "train") == len(train.name) > 0
   assert storage.num_cases(directory, "another") == 0
+
+
+def test_data_beyond_a_gigabyte_needs_no_tensorflow(tmp_path, monkeypatch):
+  monkeypatch.setattr(storage.shuffle, "MAX_MEM_BUFFER_SIZE", 100)
+  prepare.build(write_source(tmp_path / "source"), tmp_path / "data", **BUILD)
+  names = [cases.name for cases in read_all(tmp_path / "data")]
+  assert names == [["data_00003"], ["data_00001", "data_00002"]][::-1]

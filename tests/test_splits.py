@@ -4,6 +4,8 @@ import codecs
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from patients import BUILD, patient, write_csv, write_source
 
 from fairdiff_jax.data import prepare, splits, storage
@@ -14,10 +16,9 @@ def source(tmp_path):
   return write_source(tmp_path / "source")
 
 
-def names(directory):
+def names(directory, parts=("train", "test")):
   return {
-    part: storage.load(directory, part, progress=False).name
-    for part in ("train", "test")
+    part: storage.load(directory, part, progress=False).name for part in parts
   }
 
 
@@ -30,8 +31,8 @@ def test_faults_of_the_csv_set_cases_aside(source, tmp_path):
   assert report.usable == 1
   reasons = dict(report.set_aside)
   assert reasons["data_00002.npz"] == (
-    "its use in data_summary.csv is 'maybe'; write training or train or 1, test"
-    " or 0, or, to leave it out, unused or validation or val."
+    "its use in data_summary.csv is 'maybe'; write training or train or 1,"
+    " validation or val, test or 0, or, to leave it out, unused."
   )
   assert "has no row in data_summary.csv" in reasons["data_00003.npz"]
   assert report.notes == [
@@ -45,14 +46,18 @@ def test_cases_are_left_out_on_purpose(source, tmp_path):
   rows = {f"data_0000{i}": use for i, use in enumerate(uses, 1)}
   write_csv(source, rows)
   report = prepare.build(source, tmp_path / "data", **BUILD)
-  assert (report.usable, report.set_aside) == (2, [])
-  assert report.left_out == {"validation": 1, "unused": 1}
-  line = "2 cases are left out, as their use says (validation: 1, unused: 1)."
+  assert (report.usable, report.set_aside) == (3, [])
+  assert report.left_out == {"unused": 1}
+  line = "1 cases are left out, as their use says (unused: 1)."
   assert line in str(report)
-  assert names(tmp_path / "data") == {
+  parts = ("train", "validation", "test")
+  assert names(tmp_path / "data", parts) == {
     "train": ["data_00001"],
+    "validation": ["data_00002"],
     "test": ["data_00003"],
   }
+  with pytest.raises(ValueError, match="has some of its own; set it to 0"):
+    prepare.build(source, tmp_path / "other", validation=0.2, **BUILD)
 
 
 def test_values_that_cannot_be_read_are_noted(source, tmp_path):
@@ -188,3 +193,48 @@ def test_a_split_is_its_content(source, tmp_path):
   assert splits.same(by_column, "use")
   write_csv(source, {"data_00001": "test", "data_00002": "train"})
   assert not splits.same(by_column, splits.describe("use", source))
+
+
+def test_validation_cases_come_from_the_training_cases(tmp_path):
+  source = tmp_path / "source"
+  source.mkdir()
+  uses = {}
+  for i in range(1, 13):
+    name = f"data_{i:05d}"
+    np.savez(source / f"{name}.npz", **patient(race=i % 2))
+    uses[name] = "test" if i > 10 else "training"
+  write_csv(source, uses)
+  whole, held = tmp_path / "whole", tmp_path / "held"
+  prepare.build(source, whole, **BUILD)
+  prepare.build(source, held, validation=0.2, **BUILD)
+  parts = names(held, ("train", "validation", "test"))
+  assert sorted(parts["train"] + parts["validation"]) == names(whole)["train"]
+  assert parts["test"] == names(whole)["test"]
+  validation = storage.load(held, "validation", progress=False)
+  assert sorted(validation.attributes["race"]) == [0, 1]  # of every group
+  assert storage.digest(held) != storage.digest(whole)
+  with pytest.raises(FileExistsError, match=r"validation 0\.2 \(now none\)"):
+    prepare.build(source, held, **BUILD)
+
+
+@given(st.data())
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_patients_are_held_out_whole_and_of_every_group(data):
+  n = data.draw(st.integers(1, 60))
+  patient_of = data.draw(st.lists(st.integers(0, 19), min_size=n, max_size=n))
+  patients = [f"p{i}" for i in patient_of]
+  group = np.array([i % 4 - 1 for i in patient_of])  # a patient has one
+  share = data.draw(st.sampled_from([0.0, 0.1, 0.25, 0.5]))
+  chosen = splits.hold_out(group, patients, share)
+  held = {p for p, c in zip(patients, chosen, strict=True) if c}
+  assert held.isdisjoint(
+    p for p, c in zip(patients, chosen, strict=True) if not c
+  )
+  for code in np.unique(group):
+    of = group == code
+    several = len({p for p, o in zip(patients, of, strict=True) if o}) > 1
+    assert chosen[of].any() == (several and share > 0)
+    assert not chosen[of].all()
+  order = np.random.default_rng(0).permutation(n)
+  shuffled = splits.hold_out(group[order], [patients[i] for i in order], share)
+  np.testing.assert_array_equal(shuffled, chosen[order])

@@ -19,6 +19,7 @@ class Case(NamedTuple):
     dialect: the form that its file had.
     unread: (attribute, value) of what the file says and nobody can read; it
       is unknown.
+    patient: whose case it is; '' for a patient of its own.
   """
 
   image: np.ndarray
@@ -26,6 +27,7 @@ class Case(NamedTuple):
   attributes: dict[str, float]
   dialect: str
   unread: tuple[tuple[str, str], ...] = ()
+  patient: str = ""
 
 
 class Cases(NamedTuple):
@@ -40,6 +42,8 @@ class Cases(NamedTuple):
     attributes: [n] int32 for every attribute, -1 unknown.
     vocabulary: words of every attribute.
     domain: what masks and images show.
+    patient: n names of patients, who may have several cases; () where every
+      case is one.
     intensity: [n, 3, I] float64, as `statistics.by_class` measures it; None
       where nobody has.
   """
@@ -51,6 +55,7 @@ class Cases(NamedTuple):
   attributes: dict[str, np.ndarray]
   vocabulary: groups.Vocabulary = attributes.ATTRIBUTES
   domain: Domain = FUNDUS
+  patient: Sequence[str] = ()
   intensity: np.ndarray | None = None
 
 

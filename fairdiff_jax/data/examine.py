@@ -116,7 +116,10 @@ def examine(
     record = {"name": name, "image": _png(image), "mask": _png(mask)}
     record["points"] = points
     if vocabulary:
-      codes = {"codes": np.array([codes[a] for a in vocabulary], np.int32)}
+      codes = {
+        "codes": np.array([codes[a] for a in vocabulary], np.int32),
+        "patient": case.patient,
+      }
     record |= codes
   return Found(
     case=case._replace(image=None, mask=None),

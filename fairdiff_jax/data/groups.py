@@ -183,6 +183,22 @@ def vocabulary_of(config: Any) -> Vocabulary:
   return dict(zip(parts, map(tuple, config.words), strict=True))
 
 
+def with_ages(
+  codes: Mapping[str, np.ndarray], ages: np.ndarray
+) -> tuple[Vocabulary, dict[str, np.ndarray]]:
+  """FairSeg's vocabulary and codes, with the ages [n] as an attribute.
+
+  Ages are words, so that they can be told apart by bands; -1 is unknown.
+  """
+  ages = np.asarray(ages, np.float64)
+  known = np.unique(ages[ages >= 0])
+  index = np.where(ages < 0, UNKNOWN, np.searchsorted(known, ages))
+  return (
+    ATTRIBUTES | {"age": tuple(f"{x:g}" for x in known)},
+    dict(codes) | {"age": index.astype(np.int32)},
+  )
+
+
 def did_you_mean(name: str, names: Collection[str]) -> str:
   """A sentence with the name that is nearest, if any."""
   lower = {n.lower(): n for n in names}

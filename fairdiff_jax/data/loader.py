@@ -14,13 +14,36 @@ import numpy as np
 from fairdiff_jax.data.augment import augment
 
 
+class Joined:
+  """Arrays [n_i, ...] one after another, of which rows are taken; no copy.
+
+  Their rows have one shape and one type.
+  """
+
+  def __init__(self, *parts: np.ndarray):
+    self._parts = parts
+    self._starts = np.cumsum([0, *map(len, parts)])
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getitem__(self, index: np.ndarray) -> np.ndarray:
+    """Rows [m, ...] of the indices [m]."""
+    first = self._parts[0]
+    rows = np.empty((len(index), *first.shape[1:]), first.dtype)
+    of = np.searchsorted(self._starts, index, side="right") - 1
+    for i, part in enumerate(self._parts):
+      rows[of == i] = part[index[of == i] - self._starts[i]]
+    return rows
+
+
 class Pool(NamedTuple):
   """Cases to draw from, and which of them make an epoch.
 
   Attributes:
     name: case names [n].
-    image: uint8 [n, H, W], or RGB [n, H, W, 3].
-    mask: uint8 [n, H, W].
+    image: uint8 [n, H, W], or RGB [n, H, W, 3], an array or some joined.
+    mask: uint8 [n, H, W], likewise.
     group: int32 [n], -1 for unknown.
     points: float32 [n, N, 3]; N is 0 in pools without, and a case that lacks a
       structure has a cloud of zeros.
@@ -30,8 +53,8 @@ class Pool(NamedTuple):
   """
 
   name: list[str]
-  image: np.ndarray
-  mask: np.ndarray
+  image: np.ndarray | Joined
+  mask: np.ndarray | Joined
   group: np.ndarray
   points: np.ndarray
   epoch: np.ndarray
@@ -58,7 +81,9 @@ def draw(
 
 def normalize(image: np.ndarray) -> np.ndarray:
   """Grey [n, H, W] or RGB [n, H, W, 3] as float32 [n, H, W, C] in [-1, 1]."""
-  image = image.astype(np.float32) / 127.5 - 1
+  image = image.astype(np.float32)
+  image /= 127.5  # in place
+  image -= 1
   return image if image.ndim == 4 else image[..., None]
 
 
@@ -91,14 +116,14 @@ def make_batch(
   """
   index = draw(pool.epoch, seed=seed, stream=stream, step=step, size=size)
   index = index[rows]
-  image, mask, points = (x[index] for x in (pool.image, pool.mask, pool.points))
-  if recipe != "none" and pool.latent is None:
-    image = image.astype(np.float32)
-    for i, row in enumerate(range(size)[rows]):
-      rng = np.random.default_rng([seed, stream, step, row])
-      case = pool.image[index[i]], mask[i], points[i]
-      image[i], mask[i], points[i] = augment(recipe, rng, *case)
+  mask, points = pool.mask[index], pool.points[index]
   if pool.latent is None:
+    native = pool.image[index]
+    image = native.astype(np.float32)
+    for i, row in enumerate(range(size)[rows] if recipe != "none" else ()):
+      rng = np.random.default_rng([seed, stream, step, row])
+      case = native[i], mask[i], points[i]
+      image[i], mask[i], points[i] = augment(recipe, rng, *case)
     shown = {"image": normalize(image)}
   else:
     shown = {"latent": pool.latent[index]}

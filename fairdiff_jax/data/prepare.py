@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import tqdm
 
 from fairdiff_jax import files
@@ -44,6 +45,8 @@ def build(
   num_points: int,
   split: str = "use",
   crop: tuple[int, ...] = (),
+  validation: float = 0,
+  attribute: str = "race",
   progress: bool = True,
 ) -> Report:
   """Prepares a directory of npz files, once.
@@ -61,6 +64,9 @@ def build(
       cases, one file name or stem a line; all others are test cases.
     crop: (H, W) of the centre of the native images that is resized, in pixels;
       () for all of them.
+    validation: share of the training cases that become validation cases, by
+      patient and of every group alike; for sources that have none.
+    attribute: which tells these groups apart.
     progress: show a progress bar.
 
   Returns:
@@ -77,10 +83,17 @@ def build(
   files.require_plain(directory, "data.directory")
   source = Path(source)
   settings = _settings(
-    source, source, size=size, num_points=num_points, split=split, crop=crop
+    source,
+    source,
+    size=size,
+    num_points=num_points,
+    split=split,
+    crop=crop,
+    validation=validation,
   )
   return _reuse(directory, settings) or _write(
-    fairseg.open_directory(source, split), directory, settings, progress
+    *(fairseg.open_directory(source, split), directory, settings, attribute),
+    progress=progress,
   )
 
 
@@ -119,6 +132,8 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
       num_points=config.num_points,
       split=config.split,
       crop=config.crop,
+      validation=config.validation,
+      attribute=config.attribute,
     )
   files.require_plain(directory, "data.directory")
   settings = _settings_of(config)
@@ -130,7 +145,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
       config.source, domains.of(config.domain, config.source)
     )
     groups.recorded(config.attribute, source.vocabulary)
-    return _write(source, directory, settings)
+    return _write(source, directory, settings, config.attribute)
   size, made = tuple(config.size), config.phantom.to_dict()
   name = "-".join(
     ("phantom", *(f"{k}_{v}" for k, v in made.items()), *map(str, size))
@@ -139,9 +154,8 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
   if not source.exists():
     with files.new_directory(source) as incomplete:
       phantom.write(incomplete, shape=size, **made)
-  return _write(
-    fairseg.open_directory(source, config.split), directory, settings
-  )
+  opened = fairseg.open_directory(source, config.split)
+  return _write(opened, directory, settings, config.attribute)
 
 
 def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
@@ -221,6 +235,7 @@ def _settings_of(config: Any) -> dict[str, Any]:
     num_points=config.num_points,
     split=config.split,
     crop=config.crop,
+    validation=config.validation,
   )
 
 
@@ -232,6 +247,7 @@ def _settings(
   num_points: int,
   split: str,
   crop: Sequence[int],
+  validation: float,
 ) -> dict[str, Any]:
   """Checks the settings and puts them in the form that is stored.
 
@@ -239,7 +255,7 @@ def _settings(
     origin: where the patients are from, in words.
     source: their directory, which is fingerprinted if it is there: file names
       and sizes, and the split. None if there is none.
-    size: as for `build`, as are num_points, split and crop.
+    size: as for `build`, as are num_points, split, crop and validation.
   """
   sides = [int(side) for side in size]
   if len(sides) != 2 or min(sides) < 8:
@@ -266,7 +282,11 @@ def _settings(
     "num_points": int(num_points),
     "split": splits.describe(split, source),
   }
-  return settings | ({"crop": [int(side) for side in crop]} if crop else {})
+  if crop:
+    settings["crop"] = [int(side) for side in crop]
+  if validation:
+    settings["validation"] = float(validation)
+  return settings
 
 
 def _differing(
@@ -313,13 +333,14 @@ def _write(
   source: Source,
   directory: str | os.PathLike,
   settings: dict[str, Any],
+  attribute: str,
   progress: bool = True,
 ) -> Report:
   """Reads, checks and writes all cases; returns the report that is stored."""
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryFile(dir=directory) as spool:
-    by_part, report = _collect(source, settings, spool, progress)
+    by_part, report = _collect(source, settings, spool, progress, attribute)
     if not report.usable and report.set_aside:
       name, reason = report.set_aside[0]
       raise ValueError(
@@ -349,6 +370,7 @@ def _collect(
   settings: dict[str, Any],
   spool: BinaryIO | None,
   progress: bool,
+  attribute: str = "",
 ) -> tuple[dict[str, list[Found]], Report]:
   """Reads every case of a source.
 
@@ -358,6 +380,8 @@ def _collect(
       without num_points clouds are whole contours.
     spool: where pixels are kept, which would fill the memory.
     progress: show a progress bar.
+    attribute: which tells apart the groups of which validation cases are held
+      out, where the settings ask for some.
 
   Returns:
     {split: what was found, in the order of the source} and the report.
@@ -390,6 +414,8 @@ def _collect(
         left_out[result] += 1
       else:
         used[name] = _spooled(spool, result) if spool else result
+  if share := settings.get("validation"):
+    used = _held_out(used, share, attribute, source)
   held = {f.part for f in used.values()}
   by_part = {
     part: [f for f in used.values() if f.part == part]
@@ -400,6 +426,35 @@ def _collect(
   report.set_aside.extend(set_aside)
   report.left_out.update(left_out)
   return by_part, report
+
+
+def _held_out(
+  used: Mapping[str, Found], share: float, attribute: str, source: Source
+) -> dict[str, Found]:
+  """Makes some of the training cases validation cases."""
+  if any(found.part == "validation" for found in used.values()):
+    raise ValueError(
+      f"data.validation={share} asks for validation cases out of the training"
+      f" cases, but {source.name} has some of its own; set it to 0"
+    )
+  names = [name for name, found in used.items() if found.part == "train"]
+  cases = [used[name].case for name in names]
+  words = source.vocabulary
+  codes = {
+    a: np.array([c.attributes[a] for c in cases], int)
+    for a in words or attributes.ATTRIBUTES
+  }
+  if not words:
+    ages = np.array([c.attributes["age"] for c in cases])
+    words, codes = groups.with_ages(codes, ages)
+  group = groups.group_codes(attribute, codes, (), words)
+  patient = [c.patient or name for c, name in zip(cases, names, strict=True)]
+  chosen = splits.hold_out(group, patient, share)
+  moved = {name for name, is_held in zip(names, chosen, strict=True) if is_held}
+  return {
+    name: found._replace(part="validation") if name in moved else found
+    for name, found in used.items()
+  }
 
 
 def _spooled(spool: BinaryIO, found: Found) -> Found:
@@ -442,6 +497,7 @@ def _table_settings(config: Any) -> dict[str, Any]:
     num_points=config.num_points,
     split="use",
     crop=config.crop,
+    validation=config.validation,
   )
   settings["split"] = "column split"
   if not path.is_file():

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fairdiff_jax import files
 from fairdiff_jax.data.npz import (
   SUMMARY,
@@ -24,8 +26,10 @@ USES = {
   "1": "train",
   "test": "test",
   "0": "test",
+  "validation": "validation",
+  "val": "validation",
 }
-LEFT_OUT = ("unused", "validation", "val")  # words of the column, too
+LEFT_OUT = ("unused",)  # words of the column, too
 
 
 def describe(split: str, source: Path | None = None) -> str:
@@ -70,7 +74,7 @@ def same(a: str, b: str) -> bool:
 
 
 def part_of(key: str, rows: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
-  """Part of a case by the csv: "train", "test", or a word of LEFT_OUT.
+  """Part of a case by the csv: "train", "validation", "test" or of LEFT_OUT.
 
   Raises:
     ValueError: it has no row, or one that says neither.
@@ -84,10 +88,46 @@ def part_of(key: str, rows: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
   word = _word(row)
   if word not in {*USES.values(), *LEFT_OUT}:
     raise ValueError(
-      f"its use in {SUMMARY} is {word!r}; write training or train or 1, test "
-      f"or 0, or, to leave it out, {' or '.join(LEFT_OUT)}."
+      f"its use in {SUMMARY} is {word!r}; write training or train or 1, "
+      "validation or val, test or 0, or, to leave it out, "
+      f"{' or '.join(LEFT_OUT)}."
     )
   return word
+
+
+def hold_out(
+  group: np.ndarray, patient: Sequence[str], share: float
+) -> np.ndarray:
+  """Chooses the cases of some patients, a share of every group.
+
+  A patient belongs to the group of the first of the cases. Which patients are
+  chosen depends on their names, groups and the share alone.
+
+  Args:
+    group: [n], -1 for unknown.
+    patient: n names.
+    share: of the cases, 0 to 1.
+
+  Returns:
+    Which are chosen, bool [n]: of a group the nearest that whole patients give
+    to the share without all of them, one at least where it has several.
+  """
+  chosen = np.zeros(len(group), bool)
+  index: dict[str, list[int]] = {}
+  for i, name in enumerate(patient):
+    index.setdefault(name, []).append(i)
+  order = sorted(index, key=lambda p: hashlib.sha256(p.encode()).digest())
+  for code in np.unique(group):
+    names = [p for p in order if group[index[p][0]] == code]
+    wanted = share * sum(len(index[p]) for p in names)
+    taken = 0
+    for name in names[:-1] if share else ():
+      size = len(index[name])
+      if taken and abs(taken + size - wanted) >= abs(taken - wanted):
+        break
+      chosen[index[name]] = True
+      taken += size
+  return chosen
 
 
 def read_list(

@@ -107,15 +107,18 @@ def by_class(image: np.ndarray, mask: np.ndarray, domain: Domain) -> np.ndarray:
   Mean of log(image + 1 + DARK), NaN without a pixel, number of pixels, and sum
   of their squared distances from that mean.
   """
-  x = np.log(image / 127.5 + DARK).reshape(*mask.shape, domain.channels)
-  means = np.full((domain.num_classes, domain.channels), np.nan)
-  count, square = np.zeros_like(means), np.zeros_like(means)
-  for c in range(domain.num_classes):
-    inside = x[mask == c]
-    if len(inside):
-      means[c], count[c] = inside.mean(0), len(inside)
-      square[c] = np.sum((inside - means[c]) ** 2, axis=0)
-  return np.stack([a.ravel() for a in (means, count, square)])
+  classes, channels = domain.num_classes, domain.channels
+  levels = np.log(np.arange(256) / 127.5 + DARK)
+  result = np.empty((3, classes, channels))
+  of = mask.astype(np.intp) * 256
+  for c, values in enumerate(np.moveaxis(np.atleast_3d(image), -1, 0)):
+    found = np.bincount((of + values).ravel(), minlength=classes * 256)
+    found = found.reshape(classes, 256)
+    count = found.sum(1)
+    mean = found @ levels / np.maximum(count, 1)
+    square = (found * (levels - mean[:, None]) ** 2).sum(1)
+    result[..., c] = np.where(count > 0, mean, np.nan), count, square
+  return result.reshape(shape(domain))
 
 
 def _mean(values, fallback):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
+from tensorflow_datasets.core import shuffle
 
 from fairdiff_jax import files
 from fairdiff_jax.data import attributes, groups, statistics
@@ -144,7 +146,8 @@ class Prepared(tfds.core.GeneratorBasedBuilder):
     words = self._report.vocabulary
     if words:
       codes = {
-        "codes": tfds.features.Tensor(shape=(len(words),), dtype=np.int32)
+        "codes": tfds.features.Tensor(shape=(len(words),), dtype=np.int32),
+        "patient": tfds.features.Text(),
       }
     else:
       codes = {"age": tfds.features.Scalar(np.float32)}
@@ -192,6 +195,8 @@ def write(
     OSError: they cannot be written.
   """
   tfds.disable_progress_bar()
+  # Beyond it records would go to files that TFDS writes with TensorFlow.
+  shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
   builder = Prepared(data_dir=directory, records=records, report=report)
   try:
     with (
@@ -295,7 +300,8 @@ def _unpack(
         append[name](case.pop(name))
       rest.append(case)
   columns = {k: np.array([r[k] for r in rest]) for k in rest[0]}
-  columns["name"] = np.char.decode(columns["name"].astype(bytes), "utf-8")
+  for name in {"name", "patient"} & columns.keys():
+    columns[name] = np.char.decode(columns[name].astype(bytes), "utf-8")
   files.write(Path(folder) / "rest.npz", files.npz_bytes(columns))
 
 
@@ -311,20 +317,18 @@ def _mapped(folder: str | os.PathLike, report: Report) -> Cases:
   if report.vocabulary:
     words = {name: tuple(of) for name, of in report.vocabulary.items()}
     codes = dict(zip(words, rest["codes"].T, strict=True))
+    names = zip(rest["patient"], rest["name"], strict=True)
+    patient = tuple(str(p) or str(name) for p, name in names)
   else:
-    ages = rest["age"].astype(np.float64)
-    known = np.unique(ages[ages >= 0])
-    words = attributes.ATTRIBUTES | {"age": tuple(f"{x:g}" for x in known)}
+    patient = ()
     codes = {a: rest[a].astype(np.int32) for a in attributes.ATTRIBUTES}
-    index = np.searchsorted(known, ages)
-    codes["age"] = np.where(ages < 0, attributes.UNKNOWN, index).astype(
-      np.int32
-    )
+    words, codes = groups.with_ages(codes, rest["age"])
   return Cases(
     name=rest["name"].tolist(),
     attributes=codes,
     vocabulary=words,
     domain=_domain_of(report),
+    patient=patient,
     **arrays,
   )
 

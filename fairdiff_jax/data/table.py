@@ -51,6 +51,7 @@ class Row(NamedTuple):
     masks: paths, None for a structure that is absent.
     split: "train", "validation" or "test".
     codes: indices into the words of every attribute, -1 unknown.
+    patient: '' where the table does not say.
   """
 
   name: str
@@ -58,6 +59,7 @@ class Row(NamedTuple):
   masks: tuple[Path | None, ...]
   split: str
   codes: dict[str, int]
+  patient: str = ""
 
 
 class Table(NamedTuple):
@@ -108,9 +110,10 @@ def read(path: str | os.PathLike, domain: Domain) -> Table:
       )
     found = {a: codes[a].get(line[a].strip(), UNKNOWN) for a in names}
     masks = _masks(line["mask"], path, number, domain)
-    rows.append(Row(name, _beside(path, line["image"]), masks, split, found))
-  if "patient" in columns:
-    _check_patients(path, lines, rows)
+    patient = line.get("patient", "").strip()
+    image = _beside(path, line["image"])
+    rows.append(Row(name, image, masks, split, found, patient))
+  _check_patients(path, rows)
   _check_files(path, rows)
   return Table(rows, vocabulary)
 
@@ -143,7 +146,7 @@ def read_case(row: Row, domain: Domain) -> Case:
   """
   image, kind = read_image(row.image, domain.channels)
   mask = _read_mask(row, domain, image.shape[:2])
-  return Case(image, mask, row.codes, kind)
+  return Case(image, mask, row.codes, kind, patient=row.patient)
 
 
 def read_image(path: Path, channels: int) -> tuple[np.ndarray, str]:
@@ -328,12 +331,12 @@ def _masks(
   return tuple(_beside(path, part) if part else None for part in parts)
 
 
-def _check_patients(path, lines, rows):
+def _check_patients(path, rows):
   """Raises ValueError if a patient is in two splits."""
   splits: dict[str, set[str]] = {}
-  for line, row in zip(lines, rows, strict=True):
-    if patient := line["patient"].strip():
-      splits.setdefault(patient, set()).add(row.split)
+  for row in rows:
+    if row.patient:
+      splits.setdefault(row.patient, set()).add(row.split)
   torn = [patient for patient, of in splits.items() if len(of) > 1]
   if torn:
     more = f" and {len(torn) - 5} more" if len(torn) > 5 else ""

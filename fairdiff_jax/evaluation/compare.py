@@ -19,26 +19,24 @@ import itertools
 import json
 import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.domain import FUNDUS, Domain
-from fairdiff_jax.evaluation import report, segmentation
+from fairdiff_jax.evaluation import comparison, report, segmentation
+from fairdiff_jax.evaluation.comparison import LEVEL, Rows
+from fairdiff_jax.evaluation.results import TABLE
 from fairdiff_jax.fairness import metrics, uncertainty
 
-LEVEL = 0.95  # of intervals
-MARKERS = "os^vP*"
+SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
 KEYS = ("method", "class", "measure", "figure", "group")
 DIFFERENCE = (
   *("difference", "difference_low", "difference_high"),
@@ -50,10 +48,6 @@ NOT_OF_METHODS = (
   "seed",
   *(f"data.phantom.{name}" for name in ("seed", "test", "test_seed")),
 )
-
-Cell = tuple[str, str]  # a text, and one that explains it
-# (method, class, measure, figure, group) -> VALUES, those that it has
-Rows = dict[tuple[str, str, str, str, str], dict[str, float]]
 
 
 def group_runs(
@@ -156,7 +150,7 @@ def read_cases(
     FileNotFoundError: The run has no such table.
     ValueError: The table is empty, or lacks columns or numbers.
   """
-  path = Path(run) / report.DIRECTORY / report.TABLE
+  path = Path(run) / report.DIRECTORY / TABLE
   remedy = f"make it with: python launch/evaluate.py --workdir {run}"
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
@@ -232,7 +226,7 @@ def _check_tested(
     cases = len(tables[run]["name"])
     if summary.get("n", cases) != cases:
       raise ValueError(
-        f"{run}: {report.TABLE} has {cases} cases, {report.SUMMARY} speaks of"
+        f"{run}: {TABLE} has {cases} cases, {report.SUMMARY} speaks of"
         f" {summary['n']}; evaluate it again (launch/evaluate.py)"
       )
     facts = summary.get("facts", {})
@@ -385,218 +379,6 @@ def _add_shares(
       row["share"] = (row["value"] - start) / (stop - start)
 
 
-def _points(value: float, sign: str = "") -> str:
-  """Times 100 with one decimal, as text."""
-  if math.isnan(value):
-    return "–"
-  return f"{100 * value:{sign}z.1f}".replace("-", "−")
-
-
-def _p(value: float) -> str:
-  if math.isnan(value):
-    return "p –"
-  return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _value_cell(row: Mapping[str, float]) -> Cell:
-  value = _points(row["value"])
-  if row["n_seeds"] > 1:
-    value += f" ± {_points(row['sd'])}"
-  return value, f"{_points(row['low'])} to {_points(row['high'])}"
-
-
-def _difference_cell(row: Mapping[str, float]) -> Cell:
-  low, high = (
-    _points(row[f"difference_{end}"], "+") for end in ("low", "high")
-  )
-  p = row["p"] if math.isnan(row["p_holm"]) else row["p_holm"]
-  return _points(row["difference"], "+"), f"{low} to {high}; {_p(p)}"
-
-
-def _worst_cell(figures: Mapping[tuple[str, str], dict]) -> Cell:
-  for (figure, group), row in figures.items():
-    if figure == "worst":
-      value, interval = _value_cell(row)
-      return f"{group} {value}", interval
-  return "–", ""
-
-
-def _dice(rows: Rows, cls: str) -> dict[str, dict[tuple[str, str], dict]]:
-  """Method -> (figure, group) -> `VALUES` of the Dice of one class."""
-  result: dict[str, dict] = {}
-  for (method, *of, figure, group), row in rows.items():
-    if of == [cls, "dice"]:
-      result.setdefault(method, {})[figure, group] = row
-  return result
-
-
-def _tables(
-  rows: Rows,
-  cls: str,
-  groups: Mapping[str, int],
-  reference: str,
-  ceiling: str | None,
-) -> dict[str, list[list[Cell]]]:
-  """Title -> rows, head first, of cells."""
-  titles = {("overall", ""): ("All cases", "")}
-  titles |= {("group", name): (name, f"n={n}") for name, n in groups.items()}
-  titles |= {("es", ""): ("ES-Dice", ""), ("gap", ""): ("Gap", "")}
-  values = [
-    [("Method", ""), ("Seeds", ""), *titles.values(), ("Worst group", "")]
-  ]
-  differences = [[("Method", ""), *titles.values()]]
-  if ceiling:
-    differences[0].append(("Share closed", ""))
-  for method, of in _dice(rows, cls).items():
-    seeds = str(of["overall", ""]["n_seeds"])
-    values.append([(method, ""), (seeds, "")])
-    values[-1] += [_value_cell(of[key]) for key in titles]
-    values[-1].append(_worst_cell(of))
-    if method != reference:
-      differences.append([(method, "")])
-      differences[-1] += [_difference_cell(of[key]) for key in titles]
-      if ceiling:
-        differences[-1].append((_points(of["es", ""]["share"]), ""))
-  tables = {f"{cls.title()}, Dice": values}
-  if len(differences) > 1:
-    tables[f"{cls.title()}, Dice less that of {reference}"] = differences
-  return tables
-
-
-def _warning(groups: Mapping[str, int]) -> str:
-  few = [k for k, n in groups.items() if n < uncertainty.MIN_CASES]
-  if not few:
-    return ""
-  return (
-    f"Warning: fewer than {uncertainty.MIN_CASES} test cases of"
-    f" {', '.join(few)}; read these groups, and gap and ES-Dice, with care."
-  )
-
-
-def _notes(
-  groups: Mapping[str, int],
-  n: int,
-  reference: str,
-  ceiling: str | None,
-  definitions: metrics.Definitions,
-  domain: Domain,
-) -> list[str]:
-  """What a reader must know of the tables."""
-  sizes = ", ".join(f"{name} {count}" for name, count in groups.items())
-  if unknown := n - sum(groups.values()):
-    sizes += f", {segmentation.UNKNOWN} {unknown}"
-  notes = [
-    f"Dice times 100 on {n} test cases ({sizes}). With several seeds: mean over"
-    " the seeds ± standard deviation over the seeds.",
-    f"Intervals ({100 * LEVEL:.0f} %) are bootstrapped over the test cases,"
-    " of each case's mean over the seeds. They hold the chance of the test"
-    " cases, not that of the seeds.",
-    "ES-Dice and gap can lie near or past an end of their interval: intervals"
-    " are corrected for the noise of the group means, the figures are not, and"
-    " both figures of the cases' means differ from their means over seeds.",
-    f"Differences are to {reference}, paired by test case, of each case's mean"
-    " over the seeds; p of the groups after Holm. Wilcoxon's signed-rank test,"
-    f" exact for up to {uncertainty.EXACT_RANKS} cases that differ, is in"
-    " comparison.csv.",
-    "Worst group: the one with the lowest mean.",
-  ]
-  if ceiling:
-    notes.append(
-      f"Share closed: of the distance of ES-Dice from {reference} to {ceiling},"
-      f" times 100; – where {ceiling} is not above {reference}."
-    )
-  glossary = report.glossary(definitions, domain)
-  terms = ["Dice, IoU", "ES-Dice", "Gap", "p", "Groups"]
-  terms += [name.title() for name in domain.reported]
-  return notes + [
-    f"{term}: {glossary[term]}" for term in terms if term in glossary
-  ]
-
-
-def _markdown(warning: str, notes: Sequence[str], tables: Mapping) -> str:
-  def line(cells):
-    texts = [f"{a} ({b})" if b else a for a, b in cells]
-    return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |"
-
-  parts = ["# Comparison", warning] if warning else ["# Comparison"]
-  for title, (head, *lines) in tables.items():
-    rule = "|---" * len(head) + "|"
-    parts += [f"## {title}", "\n".join([line(head), rule, *map(line, lines)])]
-  parts += ["## How to read", "\n".join(f"* {note}" for note in notes)]
-  return "\n\n".join(parts) + "\n"
-
-
-def _chart(rows: Rows, cls: str, groups: Mapping[str, int]) -> str:
-  """ES-Dice of every method with its interval, and its groups as dots."""
-  methods = _dice(rows, cls)
-  alt = [f"ES-Dice of the {cls} and Dice of its groups."]
-  with matplotlib.rc_context(report.STYLE):
-    height = 1.2 + 0.45 * len(methods) + 0.2 * math.ceil(len(groups) / 3)
-    figure = Figure(figsize=(4.2, height), layout="constrained")
-    axes = figure.subplots()
-    y = np.arange(len(methods))
-    es = [of["es", ""] for of in methods.values()]
-    low, value, high = (
-      [100 * row[key] for row in es] for key in ("low", "value", "high")
-    )
-    axes.hlines(y, low, high, report.INK, lw=1.8)
-    axes.plot(value, y, "D", color=report.INK, label="ES-Dice", zorder=3)
-    for i, name in enumerate(groups):
-      axes.plot(
-        [100 * of["group", name]["value"] for of in methods.values()],
-        y + 0.25,
-        MARKERS[i % len(MARKERS)],
-        color=report.PALETTE[i % len(report.PALETTE)],
-        label=name,
-      )
-    for method, of in methods.items():
-      value, interval = _value_cell(of["es", ""])
-      dots = [f"{g} {_points(of['group', g]['value'])}" for g in groups]
-      alt.append(f"{method}: {value} ({interval}); {', '.join(dots)}.")
-    names = [textwrap.fill(m, 18, break_long_words=False) for m in methods]
-    axes.set_yticks(y, names)
-    axes.set_ylim(len(methods) - 0.4, -0.5)
-    axes.set(title=f"{cls.title()}, Dice", xlabel="Dice times 100")
-    axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", frameon=False, ncols=3)
-    return report.svg(figure, " ".join(alt))
-
-
-def _page(
-  warning: str, notes: Sequence[str], tables: Mapping, charts: str
-) -> str:
-  def text(cell):
-    value, detail = map(report.escape, cell)
-    value = value.replace(" ± ", "&nbsp;±&nbsp;")
-    return f"{value}<br><small>{detail}</small>" if detail else value
-
-  sections = [
-    report.section(
-      "Dice by method",
-      f'<div class="charts">{charts}</div>',
-      f"Diamond and line: ES-Dice and its {100 * LEVEL:.0f} % interval.",
-    )
-  ]
-  for title, (head, *lines) in tables.items():
-    rows = [
-      [text(first), *(report.td(text(cell)) for cell in cells)]
-      for first, *cells in lines
-    ]
-    title = report.escape(title)
-    table = report.html_table(title, list(map(text, head)), {"": rows})
-    sections.append(report.section(title, table))
-  paragraphs = "".join(f"<p>{report.escape(note)}</p>" for note in notes)
-  sections.append(report.section("How to read", paragraphs))
-  lead = warning and f'<p class="verdict">{report.escape(warning)}</p>'
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f"<title>Comparison</title><style>{report.CSS}</style></head><body><main>"
-    f"<h1>Comparison</h1>{lead}{''.join(sections)}"
-    "</main></body></html>\n"
-  )
-
-
 def compare_runs(
   methods: Mapping[str, Sequence[str | Path]],
   out: str | Path,
@@ -665,14 +447,15 @@ def compare_runs(
 
   columns = next(iter(cases[reference].values()))
   groups = segmentation.groups(columns)
-  warning = _warning(groups)
   n = len(columns["group"])
-  notes = _notes(groups, n, reference, ceiling, definitions, domain)
+  lead = comparison.warning(groups)
+  notes = comparison.notes(groups, n, reference, ceiling, definitions, domain)
   tables = {}
   for cls in domain.reported:
-    tables |= _tables(rows, cls, groups, reference, ceiling)
-  charts = "".join(_chart(rows, c, groups) for c in domain.reported)
+    tables |= comparison.tables(rows, cls, groups, reference, ceiling)
+  charts = [comparison.chart(rows, cls, groups) for cls in domain.reported]
   summary = {
+    "schema": SCHEMA,
     "definitions": dataclasses.asdict(definitions),
     "n": n,
     "groups": groups,
@@ -695,9 +478,9 @@ def compare_runs(
       directory / "comparison.csv",
       {key: [row[key] for row in result] for key in (*KEYS, *VALUES)},
     )
-    markdown = _markdown(warning, notes, tables)
+    markdown = comparison.markdown(lead, notes, tables)
     files.write(directory / "comparison.md", markdown)
-    page = _page(warning, notes, tables, charts)
+    page = comparison.render(lead, notes, tables, charts)
     files.write(directory / report.PAGE, page)
     files.write(directory / report.SUMMARY, text + "\n")
   return result

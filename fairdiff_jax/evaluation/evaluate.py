@@ -17,7 +17,7 @@ from fairdiff_jax.data import groups
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.storage import digest, load, num_cases
-from fairdiff_jax.evaluation import realism, report, segmentation
+from fairdiff_jax.evaluation import realism, report, results, segmentation
 from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.layout import Layout
@@ -221,6 +221,11 @@ def evaluate(
     realism=realistic,
     agreement=agreements,
     counts=counts,
+    epoch=results.epoch(
+      *(config, names, train_group),
+      [counts[name]["synthetic"] for name in names],
+      None if bank == "none" else layout.banks / bank,
+    ),
     log=layout.log,
     facts={
       "data": config.data.source,
@@ -239,6 +244,7 @@ def evaluate(
     },
     definitions=definitions,
     domain=domain,
+    **results.about_run(config, layout),
   )
 
 
@@ -323,6 +329,7 @@ def evaluate_elsewhere(
     },
     definitions=definitions,
     domain=trained.domain,
+    **(results.about_run(config, layout) | {"made_up": False}),
   )
 
 

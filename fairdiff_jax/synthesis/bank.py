@@ -23,6 +23,7 @@ from fairdiff_jax.synthesis.generate import (
   batches,
   join,
   make_generator,
+  require_sound,
 )
 from fairdiff_jax.training.banks import (
   CASES,
@@ -98,10 +99,14 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
         )
         if first_host:
           path = folder / f"{rows.start // size:05d}.npz"
-          files.write(path, files.npz_bytes(cases._asdict()))
+          _write_chunk(path, cases)
       if first_host:
-        cases = join(
-          [_read(path) for path in _finished(folder)], shape, domain.channels
+        # Mapped: a bank may be larger than memory.
+        none = join([], shape, domain.channels)
+        chunks = [none, *(_read(path) for path in _finished(folder))]
+        fault, attempts = (
+          np.concatenate([getattr(c, name) for c in chunks])
+          for name in ("fault", "attempts")
         )
         facts = {
           "synthetic": True,
@@ -111,15 +116,33 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
           "warped": run.config.bank.strength < 1,  # from real patients
         }
         try:
-          unsound = _count_unsound(cases, group, names)
+          unsound = _count_unsound(attempts, fault, group, names)
         except ValueError:
           shutil.rmtree(folder.parent)  # what is changed may be no other state
           raise
-        _write(directory, cases, group, sizes, names, facts, unsound, source)
+        record = facts | {"source": source, "unsound": unsound}
+        with files.new_directory(directory) as temporary:
+          sound = fault == ""
+          _write_cases(temporary, chunks, group[sound], sizes)
+          lines = [
+            {
+              "case": i,
+              "number": int(number),
+              "group": names[group[number]],
+              "attempts": int(attempts[number]),
+            }
+            | facts
+            for i, number in enumerate(np.flatnonzero(sound))
+          ]
+          text = "".join(json.dumps(line) + "\n" for line in lines)
+          files.write(temporary / MANIFEST, text)
+          record["sha256"] = files.sha256(temporary / CASES)
+          text = json.dumps(record, indent=2) + "\n"
+          files.write(temporary / RECORD, text)
         shutil.rmtree(folder.parent)
         if unsound:
           say(
-            f"{title}: {int((~cases.sound).sum())} of {len(group)} masks are"
+            f"{title}: {int((~sound).sum())} of {len(group)} masks are"
             f" still unsound after {run.config.bank.max_attempts} draws each"
             f" ({unsound}); real cases stand in for them"
           )
@@ -159,7 +182,7 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Generated:
-  arrays = files.read_npz(path)
+  arrays = files.read_npz(path, mapped=True)
   absent = [name for name in Generated._fields if arrays.get(name) is None]
   if absent:
     raise ValueError(
@@ -168,43 +191,38 @@ def _read(path: Path) -> Generated:
   return Generated(**arrays)
 
 
-def _count_unsound(cases, group, names) -> dict[str, dict[str, int]]:
+def _write_chunk(path: Path, cases: Generated):
+  temporary = path.with_name(f"{files.LEFTOVER}{path.name}")
+  with files.new_npz(temporary) as add:
+    for name, array in cases._asdict().items():
+      add(name, len(array), array.shape[1:], array.dtype, [array])
+  temporary.replace(path)
+
+
+def _write_cases(directory: Path, chunks, group, sizes):
+  """Writes the sound cases of all chunks."""
+  first = chunks[0]
+  with files.new_npz(directory / CASES) as add:
+    for name in ("image", "mask"):
+      row, dtype = getattr(first, name).shape[1:], getattr(first, name).dtype
+      sound = (getattr(c, name)[c.sound] for c in chunks)
+      add(name, len(group), row, dtype, sound)
+    for name, array in (("group", group), ("sizes", sizes)):
+      add(name, len(array), (), array.dtype, [array])
+
+
+def _count_unsound(attempts, fault, group, names) -> dict[str, dict[str, int]]:
   """Unsound masks by group and fault.
 
   Raises:
     ValueError: if more than half of a group's are.
   """
   counts = defaultdict(Counter)
-  for code, fault in zip(group, cases.fault.tolist(), strict=True):
-    if fault:
-      counts[names[code]][fault] += 1
+  for code, found in zip(group, fault.tolist(), strict=True):
+    if found:
+      counts[names[code]][found] += 1
   for code, name in enumerate(names):
-    if 2 * counts[name].total() > (group == code).sum():
-      cases.take(group == code).require_sound(f"masks of {name}")
+    of = group == code
+    if 2 * counts[name].total() > of.sum():
+      require_sound(attempts[of], fault[of], f"masks of {name}")
   return {name: dict(found) for name, found in counts.items() if found}
-
-
-def _write(directory, cases, group, sizes, names, facts, unsound, source):
-  number = np.flatnonzero(cases.sound)
-  cases, group = cases.take(number), group[number]
-  with files.new_directory(directory) as temporary:
-    bank = Synthetic(cases.image, cases.mask, group, sizes)
-    files.write(temporary / CASES, files.npz_bytes(bank._asdict()))
-    lines = [
-      {
-        "case": i,
-        "number": int(number[i]),
-        "group": names[code],
-        "attempts": int(cases.attempts[i]),
-      }
-      | facts
-      for i, code in enumerate(group)
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    files.write(temporary / MANIFEST, text)
-    record = facts | {
-      "source": source,
-      "sha256": files.sha256(temporary / CASES),
-      "unsound": unsound,
-    }
-    files.write(temporary / RECORD, json.dumps(record, indent=2) + "\n")

@@ -50,21 +50,30 @@ class Generated(NamedTuple):
     """Some of the cases."""
     return type(self)(*(x[index] for x in self))
 
-  def require_sound(self, what: str = "masks") -> Self:
-    """The cases; raises ValueError if one is of no use.
-
-    Args:
-      what: names them in the message.
-    """
-    faults = Counter(self.fault[~self.sound].tolist())
-    if faults:
-      raise ValueError(
-        f"{faults.total()} of {len(self.fault)} {what} are still unsound after"
-        f" {self.attempts.max()} draws each ({dict(faults)}): the mask"
-        " generator is not trained enough. Train it longer before the segmenter"
-        " starts (train.segmenter), or lower bank.min_solidity"
-      )
+  def require_sound(self) -> Self:
+    """The cases; raises ValueError if one is of no use."""
+    require_sound(self.attempts, self.fault)
     return self
+
+
+def require_sound(
+  attempts: np.ndarray, fault: np.ndarray, what: str = "masks"
+) -> None:
+  """Raises ValueError if one of some cases is of no use.
+
+  Args:
+    attempts: as of `Generated`, [n].
+    fault: likewise.
+    what: names them in the message.
+  """
+  faults = Counter(fault[fault != ""].tolist())
+  if faults:
+    raise ValueError(
+      f"{faults.total()} of {len(fault)} {what} are still unsound after"
+      f" {attempts.max()} draws each ({dict(faults)}): the mask"
+      " generator is not trained enough. Train it longer before the segmenter"
+      " starts (train.segmenter), or lower bank.min_solidity"
+    )
 
 
 def join(

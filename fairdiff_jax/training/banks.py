@@ -106,7 +106,7 @@ def read_bank(
   """
   read_record(directory)
   path = directory / CASES
-  arrays = files.read_npz(path, Synthetic._fields)
+  arrays = files.read_npz(path, Synthetic._fields, mapped=True)
   absent = [name for name in Synthetic._fields if arrays.get(name) is None]
   if absent:
     raise ValueError(f"{path} has no array {absent[0]!r}; {remedy(directory)}")

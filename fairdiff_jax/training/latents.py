@@ -120,10 +120,10 @@ def _encode(autoencoder, params, image, mesh):
 
 def _write(folder, latent):
   with files.new_directory(folder) as directory:
-    with (directory / FILE).open("wb") as file:
-      header = np.lib.format.header_data_from_array_1_0(latent)
-      np.lib.format.write_array_header_1_0(file, header)
-      file.write(latent.data)  # unlike `np.save`, it tells when a disk is full
+    with files.new_array(
+      directory / FILE, len(latent), latent.shape[1:], latent.dtype
+    ) as append:
+      append(latent)
     # As sha256sum writes and checks it.
     digest = files.sha256(directory / FILE)
     files.write(directory / DIGEST, f"{digest}  {FILE}\n")

@@ -7,7 +7,7 @@ import numpy as np
 from fairdiff_jax.data import groups
 from fairdiff_jax.data.augment import generators_recipe
 from fairdiff_jax.data.cases import Cases
-from fairdiff_jax.data.loader import Pool, draw, make_batch
+from fairdiff_jax.data.loader import Joined, Pool, draw, make_batch
 from fairdiff_jax.data.mixture import (
   group_sizes,
   powered_pool,
@@ -155,8 +155,8 @@ class Pools:
     self._segmentation = Pool(
       self._cases.name
       + [f"synthetic_{i}" for i in range(len(synthetic.group))],
-      np.concatenate([self._cases.image, synthetic.image]),
-      np.concatenate([self._cases.mask, synthetic.mask]),
+      Joined(self._cases.image, synthetic.image),
+      Joined(self._cases.mask, synthetic.mask),
       np.concatenate([self.group, synthetic.group]),
       np.empty((len(self.group) + len(synthetic.group), 0, 3), np.float32),
       self._epoch(synthetic.group, synthetic.sizes),
