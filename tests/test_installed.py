@@ -81,7 +81,7 @@ def test_what_is_prepared_is_trained_without_naming_it_again(command):
   change = "--config.data.phantom.train=20"
   recipe = ("--config", "phantom:smoke", change, "--workdir", "p")
   assert "fairdiff train --workdir p" in command("prepare", *recipe).stdout
-  assert "20 train" in command("check", "p/data").stdout
+  assert "26 cases usable" in command("check", "p/data").stdout
   for name in ("evaluate", "export"):
     more = ("--to", "y") if name == "export" else ()
     done = command(name, "--workdir", "p", *more)
