@@ -31,6 +31,8 @@ setup(
   install_requires=[
     "absl-py",
     "array_record",
+    "contourpy",
+    "flatbuffers",
     "flax",
     "jax",
     "jinja2",

@@ -13,6 +13,7 @@ from fairdiff_jax import files
 from fairdiff_jax.evaluation import report, results, verdict
 from fairdiff_jax.experiment import baseline_config
 from fairdiff_jax.fairness import uncertainty
+from fairdiff_jax.layout import Layout
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("A", "B")
@@ -124,7 +125,7 @@ def test_what_the_baseline_is():
 
 def test_what_a_run_tells(tmp_path):
   config = smoke()
-  found = results.about_run(config, tmp_path)
+  found = results.about_run(config, Layout(tmp_path))
   assert found["made_up"] and not found["baseline"]
   assert found["baseline_start"] == 2
   assert [tuple(p) for p in found["phases"]] == [
@@ -132,11 +133,11 @@ def test_what_a_run_tells(tmp_path):
     (2, 8, ("points", "image", "segmenter")),
   ]
   configs.claim(tmp_path / "baseline", baseline_config(config))
-  found = results.about_run(smoke(data__source="cases.csv"), tmp_path)
+  found = results.about_run(smoke(data__source="cases.csv"), Layout(tmp_path))
   assert not found["made_up"]
   assert found["baseline"].startswith("the same segmenter, trained on real")
   (tmp_path / "baseline" / "config.json").write_text("{")
-  assert not results.about_run(config, tmp_path)["baseline"]
+  assert not results.about_run(config, Layout(tmp_path))["baseline"]
 
 
 def test_provenance():
