@@ -69,7 +69,7 @@ def _score(workdir: Path) -> float | None:
     scores = [figures[cls]["dice"]["es"] for cls in ("cup", "rim")]
     return None if None in scores else sum(scores) / len(scores)
   except (KeyError, TypeError, ValueError) as error:
-    path = workdir / report.DIRECTORY / report.SUMMARY
+    path = Layout(workdir).report / report.SUMMARY
     raise ValueError(
       f"{path} has no figures of one model ({error!r}); make it with: fairdiff"
       f" evaluate --workdir {workdir}"

@@ -409,7 +409,7 @@ def test_bad_arguments(tmp_path):
 def test_bad_tables(tmp_path):
   run = make_run(tmp_path / "run")
   path = run / "report" / "cases.csv"
-  remedy = r"launch/evaluate\.py --workdir .*run"
+  remedy = r"fairdiff evaluate --workdir .*run"
   with pytest.raises(FileNotFoundError, match=rf"cases\.csv does.*{remedy}"):
     compare.read_cases(run)
   path.write_text("name,group\n")
@@ -450,7 +450,7 @@ def test_other_definitions_cannot_be_compared(tmp_path):
     compare.compare_runs({"A": [a], "B": [b]}, out)
   path = a / "report" / "summary.json"
   path.write_text("{}")
-  remedy = r"launch/evaluate\.py --workdir .*a$"
+  remedy = r"fairdiff evaluate --workdir .*a$"
   with pytest.raises(ValueError, match=f"not say its definitions; .*{remedy}"):
     compare.compare_runs({"A": [a]}, out)
   path.unlink()

@@ -501,7 +501,7 @@ def test_a_report_is_complete_or_absent(case, tmp_path, monkeypatch):
   monkeypatch.setattr(files, "write", full)
   with pytest.raises(OSError, match="No space left on device: .*index.html"):
     report.write(directory, title="t", models={"A": ours})
-  with pytest.raises(FileNotFoundError, match=r"launch/evaluate\.py"):
+  with pytest.raises(FileNotFoundError, match=r"fairdiff evaluate"):
     report.read(tmp_path)
   monkeypatch.undo()
   report.write(directory, title="t", models={"A": ours})
@@ -527,7 +527,7 @@ def test_a_damaged_report_is_named(case, tmp_path, name, content, message):
   path.unlink() if content is None else path.write_text(content)
   with pytest.raises(
     (ValueError, FileNotFoundError),
-    match=rf"{message}.*launch/evaluate\.py --workdir {tmp_path}",
+    match=rf"{message}.*fairdiff evaluate --workdir {tmp_path}",
   ):
     report.read(tmp_path)
 

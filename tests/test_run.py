@@ -265,6 +265,7 @@ def test_evaluation_elsewhere_says_so(run, tmp_path):
   assert str(tmp_path / "site") in notice
   assert figures["facts"]["external data"] == str(tmp_path / "site")
   assert figures["title"] == "first on other data"
+  assert any("made up" in caution for caution in figures["cautions"])
   assert "External evaluation" in (tmp_path / "out/index.html").read_text()
   assert report.read(run.layout.workdir)["facts"]["data"] == "phantom"
   where = run.report(tmp_path / "site")

@@ -158,6 +158,15 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
   return _write(opened, directory, settings, config.attribute)
 
 
+def is_made_up(directory: str | os.PathLike) -> bool:
+  """Whether the patients of prepared data are phantoms.
+
+  Raises:
+    FileNotFoundError: the directory is not prepared.
+  """
+  return storage.require(directory).settings["source"].startswith(_MADE_UP)
+
+
 def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
   """Reports on a table, npz files or prepared data; writes nothing.
 

@@ -35,6 +35,7 @@ from fairdiff_jax.evaluation import comparison, report, segmentation
 from fairdiff_jax.evaluation.comparison import LEVEL, Rows
 from fairdiff_jax.evaluation.results import TABLE
 from fairdiff_jax.fairness import metrics, uncertainty
+from fairdiff_jax.layout import Layout
 
 SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
 KEYS = ("method", "class", "measure", "figure", "group")
@@ -150,8 +151,8 @@ def read_cases(
     FileNotFoundError: The run has no such table.
     ValueError: The table is empty, or lacks columns or numbers.
   """
-  path = Path(run) / report.DIRECTORY / TABLE
-  remedy = f"make it with: python launch/evaluate.py --workdir {run}"
+  path = Layout(run).report / TABLE
+  remedy = f"make it with: fairdiff evaluate --workdir {run}"
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
   present, rows = files.read_csv(path)
@@ -209,7 +210,7 @@ def _definitions(summaries: Mapping[Path, Mapping]) -> metrics.Definitions:
       raise ValueError(
         f"{first} and {run} were evaluated by different definitions:"
         f" {expected} and {definitions}; evaluate one of them again"
-        " (launch/evaluate.py)"
+        " (fairdiff evaluate)"
       )
   return expected
 
@@ -227,7 +228,7 @@ def _check_tested(
     if summary.get("n", cases) != cases:
       raise ValueError(
         f"{run}: {TABLE} has {cases} cases, {report.SUMMARY} speaks of"
-        f" {summary['n']}; evaluate it again (launch/evaluate.py)"
+        f" {summary['n']}; evaluate it again (fairdiff evaluate)"
       )
     facts = summary.get("facts", {})
     digest = facts.get(report.TEST_DIGEST)

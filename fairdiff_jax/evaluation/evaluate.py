@@ -16,6 +16,7 @@ from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data import groups
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.domain import Domain
+from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
 from fairdiff_jax.evaluation import realism, report, results, segmentation
 from fairdiff_jax.evaluation.predictor import Predictor
@@ -329,7 +330,8 @@ def evaluate_elsewhere(
     },
     definitions=definitions,
     domain=trained.domain,
-    **(results.about_run(config, layout) | {"made_up": False}),
+    **results.about_run(config, layout)
+    | {"made_up": is_made_up(data), "baseline_log": None},
   )
 
 

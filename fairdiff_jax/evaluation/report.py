@@ -18,8 +18,8 @@ from fairdiff_jax.evaluation import page, segmentation
 from fairdiff_jax.evaluation.results import PLACES, SCHEMA, TABLE, Results
 from fairdiff_jax.evaluation.sections import SECTIONS
 from fairdiff_jax.fairness.metrics import Definitions
+from fairdiff_jax.layout import Layout
 
-DIRECTORY = "report"  # of a run's directory
 PAGE, SUMMARY = "index.html", "summary.json"
 TEST_DIGEST = "test cases sha256"  # a fact, of names, images and masks
 
@@ -73,7 +73,7 @@ def read(workdir: str | os.PathLike) -> dict:
   """What the `summary.json` of a run's complete report holds.
 
   Args:
-    workdir: The run's directory; its report is in `report`.
+    workdir: The run's directory.
 
   Raises:
     FileNotFoundError: The run has no complete report.
@@ -81,8 +81,8 @@ def read(workdir: str | os.PathLike) -> dict:
       definitions, a table is not the one that it was written with, or a newer
       version has written it.
   """
-  path = Path(workdir) / DIRECTORY / SUMMARY
-  remedy = f"make it with: python launch/evaluate.py --workdir {workdir}"
+  path = Layout(workdir).report / SUMMARY
+  remedy = f"make it with: fairdiff evaluate --workdir {workdir}"
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
   summary = files.read_json(path, remedy)
