@@ -31,6 +31,7 @@ setup(
   install_requires=[
     "absl-py",
     "array_record",
+    "contourpy",
     "flatbuffers",
     "flax",
     "jax",

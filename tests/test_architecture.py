@@ -81,7 +81,7 @@ def test_no_other_framework(framework):
   found = [
     path.name
     for path in files(PACKAGE, "configs", "launch")
-    if path.name != "benchmark_segmenters.py"
+    if path.name != "benchmark_peers.py"
     for name in imports(path)
     if name.split(".")[0] == framework
   ]

@@ -156,6 +156,32 @@ def test_gradient_in_x_is_the_same_on_shards():
   _assert_close(jax.grad(over_shards)(x), whole)
 
 
+@pytest.mark.parametrize("shape", [(8, 3), (8, 5, 3), (8, 3, 2, 3)])
+def test_gradients_are_those_of_automatic_differentiation(shape):
+  x, variables = _batch(shape=shape), _variables(3)
+  weight = jnp.array([1.0, 1, 0, 2, 0, 1, 1, 0])
+  cotangent = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+  def plain(params, x):
+    axes = tuple(range(x.ndim - 1))
+    share = weight.reshape(-1, *(1,) * (x.ndim - 1)) * x.shape[-1] / x[0].size
+    share /= jnp.sum(weight)
+    mean = jnp.sum(share * x, axes)
+    var = jnp.sum(share * (x - mean) ** 2, axes)
+    y = (x - mean) / jnp.sqrt(var + EPSILON)
+    return jnp.sum(cotangent * (y * params["scale"] + params["bias"]))
+
+  def ours(params, x):
+    y, _ = _train({**variables, "params": params}, x, weight)
+    return jnp.sum(cotangent * y)
+
+  found, want = (
+    jax.grad(f, (0, 1))(variables["params"], x) for f in (ours, plain)
+  )
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+    assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+
+
 def test_a_batch_of_padding_is_harmless():
   x, variables = _batch(), _variables(3)
 

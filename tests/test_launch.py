@@ -179,7 +179,7 @@ def test_a_work_directory_that_could_not_be_read_again(tmp_path):
   [
     ("import_weights", ("--source=.", "--out=none"), "transformers"),
     ("benchmark_metrics", (), "medpy"),
-    ("benchmark_segmenters", (), "torch"),
+    ("benchmark_peers", (), "torch"),
   ],
 )
 def test_a_missing_package_is_named(script, arguments, package):
@@ -192,9 +192,9 @@ def test_a_missing_package_is_named(script, arguments, package):
   ("script", "arguments", "message"),
   [
     (
-      "benchmark_segmenters",
+      "benchmark_peers",
       ("--networks=sam",),
-      "--networks has sam; use sam",
+      "--networks has sam; use point, controlnet, transunet, samed, small_unet",
     ),
     (
       "benchmark_intervals",

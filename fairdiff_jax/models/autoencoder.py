@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.models.pointwise import Dense, PointwiseConv
 from fairdiff_jax.models.unet import upsample
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -49,9 +50,7 @@ class ResidualBlock(nn.Module):
     h = nn.silu(_group_norm(self.groups, "norm2")(h))
     h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv2")(h)
     if x.shape[-1] != self.channels:
-      x = nn.Conv(
-        self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut"
-      )(x)
+      x = PointwiseConv(self.channels, self.dtype, name="conv_shortcut")(x)
     return x + h
 
 
@@ -66,11 +65,11 @@ class Attention(nn.Module):
     b, h, w, c = x.shape
     y = _group_norm(self.groups, "group_norm")(x).reshape(b, h * w, 1, c)
     q, k, v = (
-      nn.Dense(c, dtype=self.dtype, name=name)(y)
+      Dense(c, dtype=self.dtype, name=name)(y)
       for name in ("to_q", "to_k", "to_v")
     )
     y = jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c)
-    return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(y)
+    return x + Dense(c, dtype=self.dtype, name="to_out_0")(y)
 
 
 class Middle(nn.Module):
@@ -229,12 +228,8 @@ class AutoencoderKL(nn.Module):
       self.norm_num_groups,
       self.dtype,
     )
-    self.quant_conv = nn.Conv(
-      2 * self.latent_channels, (1, 1), dtype=self.dtype
-    )
-    self.post_quant_conv = nn.Conv(
-      self.latent_channels, (1, 1), dtype=self.dtype
-    )
+    self.quant_conv = PointwiseConv(2 * self.latent_channels, self.dtype)
+    self.post_quant_conv = PointwiseConv(self.latent_channels, self.dtype)
     self.decoder = Decoder(
       self.block_out_channels,
       self.layers_per_block + 1,

@@ -10,13 +10,82 @@ run over every shard of the batch:
 
   running_mean <- momentum running_mean + (1 - momentum) mu
   running_var  <- momentum running_var  + (1 - momentum) var n / (n - 1)
+
+With g the gradient of y and h = (x - mu) / sqrt(var + epsilon), that of x is
+
+  scale / sqrt(var + epsilon) (g - w / n (sum g + h sum g h))
+
+which is written down, for it passes over x fewer times than what automatic
+differentiation makes of the two sums.
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+def _sum(x):
+  return jnp.sum(x, tuple(range(x.ndim - 1)))
+
+
+def _over_shards(total, axis_name):
+  return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(axis_name, epsilon, x, weight, scale, bias, running):
+  """Normalises x [B, ..., C] by the batch.
+
+  Args:
+    axis_name: mapped axis that holds the shards of the batch, or None.
+    epsilon: added to the variance.
+    x: [B, ..., C].
+    weight: [B, 1, ..., 1], float32.
+    scale: [C].
+    bias: [C].
+    running: mean and variance [C], for a batch without any weight.
+
+  Returns:
+    y [B, ..., C] in the type of x, the global count [], and the mean and the
+    biased variance [C] that it was normalised by. Only y has a gradient.
+  """
+  return _normalise_forward(
+    axis_name, epsilon, x, weight, scale, bias, running
+  )[0]
+
+
+def _normalise_forward(axis_name, epsilon, x, weight, scale, bias, running):
+  values = x.astype(jnp.float32)
+  positions = math.prod(x.shape[1:-1])
+  count = _over_shards(jnp.sum(weight) * positions, axis_name)
+  share = weight / jnp.where(count > 0, count, 1)
+
+  mean = _over_shards(_sum(share * values), axis_name)
+  mean = jnp.where(count > 0, mean, running[0])
+  var = _over_shards(_sum(share * jnp.square(values - mean)), axis_name)
+  var = jnp.where(count > 0, var, running[1])
+  rate = jax.lax.rsqrt(var + epsilon)
+  y = (values - mean) * (scale * rate) + bias
+  return (y.astype(x.dtype), count, mean, var), (x, share, scale, mean, rate)
+
+
+def _normalise_backward(axis_name, epsilon, residuals, gradients):
+  del epsilon
+  x, share, scale, mean, rate = residuals
+  g = gradients[0].astype(jnp.float32)
+  h = (x.astype(jnp.float32) - mean) * rate
+  sum_g, sum_gh = _sum(g), _sum(g * h)
+  through_mean, through_var = (
+    _over_shards(total, axis_name) for total in (sum_g, sum_gh)
+  )
+  of_x = scale * rate * (g - share * (through_mean + h * through_var))
+  return of_x.astype(x.dtype), None, sum_gh, sum_g, None
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class BatchNorm(nn.Module):
@@ -69,41 +138,24 @@ class BatchNorm(nn.Module):
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
     running_var = self.variable("batch_stats", "var", jnp.ones, features)
 
-    values = x.astype(jnp.float32)
     mean, var = running_mean.value, running_var.value
-    if train:
-      count, batch_mean, batch_var = self._moments(values, weight)
-      filled = count > 0
-      unbiased = batch_var * count / jnp.where(count > 1, count - 1, 1)
-      if not self.is_initializing():
-        running_mean.value = jnp.where(
-          filled, self._running(mean, batch_mean), mean
-        )
-        running_var.value = jnp.where(filled, self._running(var, unbiased), var)
-      mean = jnp.where(filled, batch_mean, mean)
-      var = jnp.where(filled, batch_var, var)
+    if not train:
+      gain = scale * jax.lax.rsqrt(var + self.epsilon)
+      return ((x - mean) * gain + bias).astype(x.dtype)
 
-    gain = scale * jax.lax.rsqrt(var + self.epsilon)
-    return ((values - mean) * gain + bias).astype(x.dtype)
-
-  def _moments(self, x, weight):
-    """Global count [], mean [C] and biased variance [C] of x [B, ..., C]."""
-    batch, *positions, _ = x.shape
     if weight is None:
-      weight = jnp.ones(batch)
-    weight = weight.astype(jnp.float32).reshape(batch, *(1,) * (x.ndim - 1))
-    axes = tuple(range(x.ndim - 1))
+      weight = jnp.ones(len(x))
+    weight = weight.astype(jnp.float32).reshape(-1, *(1,) * (x.ndim - 1))
+    axis_name = None if self.is_initializing() else self.axis_name
+    y, count, batch_mean, batch_var = _normalise(
+      axis_name, self.epsilon, x, weight, scale, bias, (mean, var)
+    )
+    if not self.is_initializing():
+      unbiased = batch_var * count / jnp.where(count > 1, count - 1, 1)
+      running_mean.value = self._running(count, mean, batch_mean)
+      running_var.value = self._running(count, var, unbiased)
+    return y
 
-    count = self._over_shards(jnp.sum(weight) * math.prod(positions))
-    safe_count = jnp.where(count > 0, count, 1)
-    mean = self._over_shards(jnp.sum(weight * x, axes)) / safe_count
-    squares = jnp.sum(weight * jnp.square(x - mean), axes)
-    return count, mean, self._over_shards(squares) / safe_count
-
-  def _over_shards(self, total):
-    if self.axis_name is None or self.is_initializing():
-      return total
-    return jax.lax.psum(total, self.axis_name)
-
-  def _running(self, old, new):
-    return self.momentum * old + (1 - self.momentum) * new
+  def _running(self, count, old, new):
+    new = self.momentum * old + (1 - self.momentum) * new
+    return jnp.where(count > 0, new, old)

@@ -25,11 +25,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.models import pointwise
 from fairdiff_jax.models.batch_norm import BatchNorm
 
 # Uniform of variance 1 / fan in: three times the original's, learns sooner.
 Dense = functools.partial(
-  nn.Dense,
+  pointwise.Dense,
   kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "uniform"),
 )
 
@@ -48,7 +49,7 @@ class CancelledBiasDense(nn.Module):
     kernel_shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", Dense.keywords["kernel_init"], kernel_shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    return x @ kernel + jax.lax.stop_gradient(bias)
+    return pointwise.matmul(x, kernel) + jax.lax.stop_gradient(bias)
 
 
 def posterior_entropy(logvar: jax.Array) -> jax.Array:
@@ -153,8 +154,27 @@ class Coupling(nn.Module):
     return jnp.concatenate(halves, axis=-1), jnp.sum(log_scale, axis=-1)
 
 
+class Layer(nn.Module):
+  """The kernel [inputs, features] and the bias [features] of a `Dense`."""
+
+  inputs: int
+  features: int
+
+  @nn.compact
+  def __call__(self):
+    shape = (self.inputs, self.features)
+    return (
+      self.param("kernel", Dense.keywords["kernel_init"], shape),
+      self.param("bias", nn.initializers.zeros, (self.features,)),
+    )
+
+
 class GatedDense(nn.Module):
-  """layer(x) * sigmoid(gate(c)) + bias(c), x [B, N, .] and c [B, 1, .]."""
+  """layer(x) * sigmoid(gate(c)) + bias(c), x [B, N, .] and c [B, 1, .].
+
+  The gate multiplies the layer's bias before there are points: x K gate +
+  (b gate + bias) passes once less over them all, and thrice in its gradient.
+  """
 
   features: int
 
@@ -162,7 +182,9 @@ class GatedDense(nn.Module):
   def __call__(self, x, context):
     gate = nn.sigmoid(Dense(self.features, name="gate")(context))
     bias = Dense(self.features, use_bias=False, name="bias")(context)
-    return Dense(self.features, name="layer")(x) * gate + bias
+    kernel, layer_bias = Layer(x.shape[-1], self.features, name="layer")()
+    bias += layer_bias * gate
+    return pointwise.matmul(x, kernel) * gate + bias
 
 
 class Denoiser(nn.Module):

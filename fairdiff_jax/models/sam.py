@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairdiff_jax.models import pointwise
 from fairdiff_jax.models.attention import attend
 
 PATCH = 16  # Pixels along a side of what becomes one position of the grid.
 
 _dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-Dense = functools.partial(nn.Dense, kernel_init=_dense_init)
+Dense = functools.partial(pointwise.Dense, kernel_init=_dense_init)
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
 gelu = functools.partial(nn.gelu, approximate=False)
 
@@ -210,10 +211,13 @@ class ImageEncoder(nn.Module):
         f"image height and width must be multiples of {PATCH}, got shape"
         f" {image.shape}"
       )
-    conv = functools.partial(nn.Conv, dtype=self.dtype)
-    patch = (PATCH, PATCH)
-    x = conv(
-      self.embed_dim, patch, patch, padding="VALID", name="patch_embed_proj"
+    x = nn.Conv(
+      self.embed_dim,
+      (PATCH, PATCH),
+      strides=PATCH,
+      padding="VALID",
+      dtype=self.dtype,
+      name="patch_embed_proj",
     )(image)
     shape = (1, *x.shape[1:])
     position = self.param("pos_embed", nn.initializers.zeros, shape)
@@ -225,9 +229,10 @@ class ImageEncoder(nn.Module):
       )
       x = block(x, jax.tree.map(lambda m, i=i: m[i], lora))
     norm = functools.partial(LayerNorm, epsilon=1e-6, dtype=self.dtype)
-    conv = functools.partial(conv, self.out_dim, use_bias=False)
-    x = norm(name="neck_1")(conv((1, 1), name="neck_0")(x))
-    return norm(name="neck_3")(conv((3, 3), name="neck_2")(x))
+    sizes = {"features": self.out_dim, "use_bias": False, "dtype": self.dtype}
+    x = norm(name="neck_1")(pointwise.PointwiseConv(**sizes, name="neck_0")(x))
+    x = nn.Conv(**sizes, kernel_size=(3, 3), name="neck_2")(x)
+    return norm(name="neck_3")(x)
 
 
 class RandomFourier(nn.Module):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairdiff_jax.models.pointwise import PointwiseConv
 from fairdiff_jax.models.unet import depth_to_space, space_to_depth, upsample
 
 
@@ -40,7 +41,7 @@ class SmallUNet(nn.Module):
       x = upsample(x)
       x = jnp.concatenate([x, skips[i]], axis=-1)
       x = self._block(x, self.channels[i], f"up_{i}")
-    x = nn.Conv(self.num_classes * self.patch**2, (1, 1), name="conv_out")(x)
+    x = PointwiseConv(self.num_classes * self.patch**2, name="conv_out")(x)
     return depth_to_space(x, self.patch)
 
   def _block(self, x, channels, name):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from fairdiff_jax.models.folded import FoldedConv
 from fairdiff_jax.models.fused_attention import fused_attention
+from fairdiff_jax.models.pointwise import Dense, PointwiseConv
 from fairdiff_jax.models.unet import (
   space_to_depth,
   timestep_embedding,
@@ -38,28 +39,6 @@ Residuals = tuple[tuple[jax.Array, ...], jax.Array]
 def _conv(channels, dtype, **options):
   """3 x 3, with the same padding at both ends, also where it strides."""
   return nn.Conv(channels, (3, 3), padding=1, dtype=dtype, **options)
-
-
-class PointwiseConv(nn.Module):
-  """A 1 x 1 convolution, as the matrix product that it is.
-
-  Attributes:
-    channels: of the output.
-    dtype: of the computation.
-    kernel_init: of `kernel` [1, 1, K, channels].
-  """
-
-  channels: int
-  dtype: Dtype
-  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-
-  @nn.compact
-  def __call__(self, x):
-    shape = (1, 1, x.shape[-1], self.channels)
-    kernel = self.param("kernel", self.kernel_init, shape)
-    bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return x @ kernel[0, 0] + bias
 
 
 @partial(nn.remat, static_argnums=(2, 3, 4, 5))
@@ -85,8 +64,8 @@ class TimestepEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = nn.Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
-    return nn.Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
+    x = Dense(self.dim, dtype=self.dtype, name="linear_1")(x)
+    return Dense(self.dim, dtype=self.dtype, name="linear_2")(nn.silu(x))
 
 
 class ResnetBlock(nn.Module):
@@ -100,7 +79,7 @@ class ResnetBlock(nn.Module):
   def __call__(self, x, embedding):
     sizes = self.channels, self.groups
     h = _norm_silu_conv(self, x, "norm1", "conv1", *sizes)
-    shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")
+    shift = Dense(self.channels, dtype=self.dtype, name="time_emb_proj")
     h += shift(nn.silu(embedding))[:, None, None]
     h = _norm_silu_conv(self, h, "norm2", "conv2", *sizes)
     if x.shape[-1] != self.channels:
@@ -120,15 +99,13 @@ class Attention(nn.Module):
     head_size = channels // self.num_heads
 
     def heads(tokens, name):
-      y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(
-        tokens
-      )
+      y = Dense(channels, use_bias=False, dtype=self.dtype, name=name)(tokens)
       return y.reshape(*y.shape[:2], self.num_heads, head_size)
 
     y = fused_attention(
       heads(x, "to_q"), heads(context, "to_k"), heads(context, "to_v")
     )
-    return nn.Dense(channels, dtype=self.dtype, name="to_out_0")(
+    return Dense(channels, dtype=self.dtype, name="to_out_0")(
       y.reshape(x.shape)
     )
 
@@ -147,7 +124,7 @@ class GatedGELU(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = nn.Dense(2 * self.channels, dtype=self.dtype, name="proj")(x)
+    x = Dense(2 * self.channels, dtype=self.dtype, name="proj")(x)
     return _gated_gelu(x)
 
 
@@ -160,7 +137,7 @@ class FeedForward(nn.Module):
   def __call__(self, x):
     channels = x.shape[-1]
     h = GatedGELU(4 * channels, self.dtype, name="net_0")(x)
-    return nn.Dense(channels, dtype=self.dtype, name="net_2")(h)
+    return Dense(channels, dtype=self.dtype, name="net_2")(h)
 
 
 class TransformerBlock(nn.Module):

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.models.pointwise import Dense
+
 
 def quick_gelu(x: jax.Array) -> jax.Array:
   """x sigmoid(1.702 x), CLIP's approximation of the GELU."""
@@ -37,13 +39,13 @@ class SelfAttention(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     b, n, d = x.shape
     q, k, v = (
-      nn.Dense(d, dtype=self.dtype, name=name)(x).reshape(
+      Dense(d, dtype=self.dtype, name=name)(x).reshape(
         b, n, self.num_heads, d // self.num_heads
       )
       for name in ("q_proj", "k_proj", "v_proj")
     )
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return nn.Dense(d, dtype=self.dtype, name="out_proj")(y.reshape(b, n, d))
+    return Dense(d, dtype=self.dtype, name="out_proj")(y.reshape(b, n, d))
 
 
 class FeedForward(nn.Module):
@@ -54,8 +56,8 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    h = nn.Dense(self.width, dtype=self.dtype, name="fc1")(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(quick_gelu(h))
+    h = Dense(self.width, dtype=self.dtype, name="fc1")(x)
+    return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(quick_gelu(h))
 
 
 class Layer(nn.Module):

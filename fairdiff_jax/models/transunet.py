@@ -25,6 +25,12 @@ import numpy as np
 
 from fairdiff_jax.models.attention import attend
 from fairdiff_jax.models.batch_norm import BatchNorm
+from fairdiff_jax.models.pointwise import (
+  Dense,
+  DenseGeneral,
+  PointwiseConv,
+  matmul,
+)
 
 PATCH = 16  # pixels of the image per position of the transformer
 
@@ -57,6 +63,9 @@ class StandardizedConv(nn.Module):
     mean = jnp.mean(kernel, axis=(0, 1, 2))
     var = jnp.mean(jnp.square(kernel - mean), axis=(0, 1, 2))
     kernel = (kernel - mean) * jax.lax.rsqrt(var + 1e-5)
+    if self.size == 1:
+      x = x[:, :: self.stride, :: self.stride].astype(self.dtype)
+      return matmul(x, kernel[0, 0].astype(self.dtype))
     pad = self.size // 2
     return jax.lax.conv_general_dilated(
       x.astype(self.dtype),
@@ -151,17 +160,17 @@ class TransformerBlock(nn.Module):
     heads = (self.num_heads, channels // self.num_heads)
     y = _layer_norm(self.dtype, "norm1")(x)
     query, key, value = (
-      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(y).swapaxes(1, 2)
+      DenseGeneral(heads, dtype=self.dtype, name=name)(y).swapaxes(1, 2)
       for name in ("query", "key", "value")
     )
     y = attend(query, key, value).swapaxes(1, 2)
-    x += nn.DenseGeneral(channels, (-2, -1), dtype=self.dtype, name="out")(y)
+    x += DenseGeneral(channels, (-2, -1), dtype=self.dtype, name="out")(y)
 
     dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
     y = _layer_norm(self.dtype, "norm2")(x)
-    y = nn.Dense(self.mlp_dim, dtype=self.dtype, name="expand")(y)
+    y = Dense(self.mlp_dim, dtype=self.dtype, name="expand")(y)
     y = dropout(nn.gelu(y, approximate=False))
-    y = nn.Dense(channels, dtype=self.dtype, name="contract")(y)
+    y = Dense(channels, dtype=self.dtype, name="contract")(y)
     return x + dropout(y)
 
 
@@ -187,18 +196,20 @@ class Encoder(nn.Module):
   def __call__(
     self, image: jax.Array, train: bool = False
   ) -> tuple[jax.Array, list[jax.Array]]:
-    x, skips, patch = image, [], PATCH
+    skips, name = [], "patch_embedding"
     if self.stages:
-      x, skips = ResNet(self.stages, self.width, self.dtype, name="resnet")(x)
-      patch = 1
-    x = nn.Conv(
-      self.hidden_dim,
-      (patch, patch),
-      strides=patch,
-      padding="VALID",
-      dtype=self.dtype,
-      name="patch_embedding",
-    )(x)
+      resnet = ResNet(self.stages, self.width, self.dtype, name="resnet")
+      x, skips = resnet(image)
+      x = PointwiseConv(self.hidden_dim, self.dtype, name=name)(x)
+    else:
+      x = nn.Conv(
+        self.hidden_dim,
+        (PATCH, PATCH),
+        strides=PATCH,
+        padding="VALID",
+        dtype=self.dtype,
+        name=name,
+      )(image)
     grid = x.shape
     x = x.reshape(grid[0], -1, self.hidden_dim)
     position = self.param(

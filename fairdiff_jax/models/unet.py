@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fairdiff_jax.models.pointwise import Dense, DenseGeneral, PointwiseConv
+
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
   """[B, H, W, C] -> [B, H / size, W / size, size * size * C]."""
@@ -68,14 +70,12 @@ class ResidualBlock(nn.Module):
   def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
     h = nn.silu(_group_norm(x, "norm1"))
     h = nn.Conv(self.channels, (3, 3), name="conv1")(h)
-    embedding = nn.Dense(2 * self.channels, name="embedding")(
-      nn.silu(embedding)
-    )
+    embedding = Dense(2 * self.channels, name="embedding")(nn.silu(embedding))
     scale, shift = jnp.split(embedding[:, None, None], 2, axis=-1)
     h = nn.silu(_group_norm(h, "norm2") * (1 + scale) + shift)
     h = nn.Conv(self.channels, (3, 3), name="conv2")(h)
     if x.shape[-1] != self.channels:
-      x = nn.Conv(self.channels, (1, 1), name="shortcut")(x)
+      x = PointwiseConv(self.channels, name="shortcut")(x)
     return x + h
 
 
@@ -89,15 +89,15 @@ class TransformerBlock(nn.Module):
     b, h, w, c = x.shape
     tokens = x.reshape(b, h * w, c)
     y = nn.LayerNorm(name="norm1")(tokens)
-    qkv = nn.DenseGeneral(
+    qkv = DenseGeneral(
       (3, self.num_heads, c // self.num_heads), use_bias=False, name="qkv"
     )(y)
     q, k, v = (qkv[:, :, i] for i in range(3))
     y = jax.nn.dot_product_attention(q, k, v)
-    tokens += nn.DenseGeneral(c, axis=(-2, -1), name="out")(y)
+    tokens += DenseGeneral(c, axis=(-2, -1), name="out")(y)
     y = nn.LayerNorm(name="norm2")(tokens)
-    y = nn.gelu(nn.Dense(2 * c, name="expand")(y))
-    tokens += nn.Dense(c, name="contract")(y)
+    y = nn.gelu(Dense(2 * c, name="expand")(y))
+    tokens += Dense(c, name="contract")(y)
     return tokens.reshape(b, h, w, c)
 
 
@@ -130,8 +130,8 @@ class Embedding(nn.Module):
   @nn.compact
   def __call__(self, t: jax.Array, group: jax.Array) -> jax.Array:
     dim = 4 * self.channels
-    x = nn.Dense(dim, name="time1")(timestep_embedding(t, self.channels))
-    x = nn.Dense(dim, name="time2")(nn.silu(x))
+    x = Dense(dim, name="time1")(timestep_embedding(t, self.channels))
+    x = Dense(dim, name="time2")(nn.silu(x))
     unknown = self.num_groups
     row = jnp.where(group < 0, unknown, group)
     return x + nn.Embed(self.num_groups + 1, dim, name="group")(row)
@@ -199,11 +199,8 @@ class ControlNet(nn.Module):
       self.channels, self.num_blocks, self.attention, self.num_heads
     )(space_to_depth(x, self.patch), embedding, hint)
     return [
-      nn.Conv(
-        y.shape[-1],
-        (1, 1),
-        kernel_init=nn.initializers.zeros,
-        name=f"zero_{i}",
+      PointwiseConv(
+        y.shape[-1], kernel_init=nn.initializers.zeros, name=f"zero_{i}"
       )(y)
       for i, y in enumerate(outputs)
     ]
@@ -254,7 +251,7 @@ class UNet(nn.Module):
         h = upsample(h)
     h = nn.silu(_group_norm(h, "norm_out"))
     # How much of x is signal depends on the step.
-    gate = nn.Dense(x.shape[-1], name="gate")(nn.silu(embedding))
+    gate = Dense(x.shape[-1], name="gate")(nn.silu(embedding))
     x *= gate[:, None, None]
     h = nn.Conv(
       self.out_channels * self.patch**2,

@@ -5,6 +5,7 @@ original's checkpoints. Images are NCHW. Importing this file takes no PyTorch.
 """
 
 import functools
+import itertools
 import sys
 import types
 from unittest import mock
@@ -333,3 +334,224 @@ class TransUNetPeer:
 
   def values(self):
     return {name: value.detach().numpy() for name, value in self.state.items()}
+
+
+def point_weights(module, seed=0):
+  """Random weights of a `PointFlowVAE` under the original's names."""
+  rng = np.random.default_rng(seed)
+  state = {}
+
+  def linear(name, inputs, outputs, *kernel, bias=True):
+    limit = inputs**-0.5
+    shape = (outputs, inputs, *kernel)
+    state[f"{name}.weight"] = rng.uniform(-limit, limit, shape)
+    if bias:
+      state[f"{name}.bias"] = rng.uniform(-limit, limit, outputs)
+
+  def norm(name, size):
+    state[f"{name}.weight"] = np.ones(size)
+    state[f"{name}.bias"] = np.zeros(size)
+    state[f"{name}.running_mean"] = np.zeros(size)
+    state[f"{name}.running_var"] = np.ones(size)
+
+  latent = module.latent_dim
+  for i, (a, b) in enumerate(itertools.pairwise((3, *module.encoder_widths))):
+    linear(f"encoder.conv{i + 1}", a, b, 1)
+    norm(f"encoder.bn{i + 1}", b)
+  widths = (module.encoder_widths[-1], *module.head_widths, latent)
+  for head in "mv":
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+      linear(f"encoder.fc{i + 1}_{head}", a, b)
+      if i < len(module.head_widths):
+        norm(f"encoder.fc_bn{i + 1}_{head}", b)
+  widths = (latent // 2, module.flow_width, module.flow_width, latent)
+  for layer in range(module.flow_depth):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+      linear(f"flow.chain.{layer}.net_s_t.{2 * i}", a, b)
+  widths = (3, *module.decoder_widths, 3)
+  for i, (a, b) in enumerate(itertools.pairwise(widths)):
+    name = f"diffusion.net.layers.{i}"
+    linear(f"{name}._layer", a, b)
+    linear(f"{name}._hyper_gate", latent + 3, b)
+    linear(f"{name}._hyper_bias", latent + 3, b, bias=False)
+  return {name: value.astype(np.float32) for name, value in state.items()}
+
+
+class PointPeer:
+  """The flow VAE of Luo & Hu (2021) in PyTorch, from its tensors by name.
+
+  Pointwise layers of the posterior are convolutions of size 1 over [B, C, N],
+  those of the denoiser linear layers over [B, N, C].
+  """
+
+  def __init__(self, state_dict, num_steps=100, kl_weight=1e-4):
+    """Takes tensors as of `point_weights`; beta rises from 1e-4 to 0.02."""
+    import torch
+
+    self.torch, self.functional = torch, torch.nn.functional
+    self.state = {
+      name: torch.tensor(value, requires_grad="running" not in name)
+      for name, value in state_dict.items()
+    }
+    self.learnt = [t for t in self.state.values() if t.requires_grad]
+    self.depth = len(self.names("flow.chain.{}.net_s_t.0.weight"))
+    self.num_layers = len(self.names("diffusion.net.layers.{}._layer.weight"))
+    self.num_steps, self.kl_weight = num_steps, kl_weight
+    self.beta = torch.linspace(1e-4, 0.02, num_steps)
+    self.alpha_bar = torch.cumprod(1 - self.beta, 0)
+
+  def names(self, form):
+    names = (form.format(i) for i in itertools.count())
+    return list(itertools.takewhile(self.state.__contains__, names))
+
+  def linear(self, name, x):
+    weight, bias = self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
+    layer = (
+      self.functional.conv1d if weight.ndim == 3 else (self.functional.linear)
+    )
+    return layer(x, weight, bias)
+
+  def norm(self, name, x, train):
+    keys = ("running_mean", "running_var", "weight", "bias")
+    values = (self.state[f"{name}.{key}"] for key in keys)
+    return self.functional.batch_norm(x, *values, training=train)
+
+  def encode(self, points, train=True):
+    """[B, N, 3] -> mean and log variance [B, D]."""
+    x = points.transpose(1, 2)
+    for i in range(1, 5):
+      x = self.norm(f"encoder.bn{i}", self.linear(f"encoder.conv{i}", x), train)
+      x = self.torch.relu(x) if i < 4 else x
+    pooled = x.max(2).values
+
+    def head(suffix):
+      h = pooled
+      for i in (1, 2):
+        h = self.linear(f"encoder.fc{i}_{suffix}", h)
+        h = self.torch.relu(self.norm(f"encoder.fc_bn{i}_{suffix}", h, train))
+      return self.linear(f"encoder.fc3_{suffix}", h)
+
+    return head("m"), head("v")
+
+  def coupling(self, layer, kept):
+    """Log scale and shift of the half that moves, from the other."""
+    h = kept
+    for i in (0, 2):
+      h = self.torch.relu(self.linear(f"flow.chain.{layer}.net_s_t.{i}", h))
+    h = self.linear(f"flow.chain.{layer}.net_s_t.4", h)
+    scale, shift = h.chunk(2, 1)
+    return self.functional.logsigmoid(scale + 2), shift
+
+  def flow(self, z, inverse=False):
+    """[B, D] -> [B, D] and log |det| [B] of the way forwards."""
+    logdet = 0
+    layers = range(self.depth)
+    for layer in reversed(layers) if inverse else layers:
+      first, second = z.chunk(2, 1)
+      kept, moved = (second, first) if layer % 2 == 0 else (first, second)
+      log_scale, shift = self.coupling(layer, kept)
+      if inverse:
+        moved = (moved - shift) * (-log_scale).exp()
+      else:
+        moved = moved * log_scale.exp() + shift
+      pair = [moved, kept] if layer % 2 == 0 else [kept, moved]
+      z = self.torch.cat(pair, 1)
+      logdet = logdet + log_scale.sum(1)
+    return z, logdet
+
+  def denoise(self, points, beta, latent):
+    """Noise [B, N, 3]."""
+    time = self.torch.stack([beta, beta.sin(), beta.cos()], 1)
+    context = self.torch.cat([time, latent], 1)[:, None]
+    x = points
+    for i in range(self.num_layers):
+      name = f"diffusion.net.layers.{i}"
+      gate = self.linear(f"{name}._hyper_gate", context).sigmoid()
+      bias = self.linear(f"{name}._hyper_bias", context)
+      x = self.linear(f"{name}._layer", x) * gate + bias
+      if i < self.num_layers - 1:
+        x = self.functional.leaky_relu(x, 0.01)
+    return points + x
+
+  def loss(self, points):
+    """Mean loss of clouds [B, N, 3]."""
+    torch, batch = self.torch, len(points)
+    mean, logvar = self.encode(points)
+    z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+    w, logdet = self.flow(z)
+    log_2pi = np.log(2 * np.pi)
+    log_prior = logdet - 0.5 * (w**2 + log_2pi).sum(1)
+    entropy = 0.5 * (logvar + 1 + log_2pi).sum(1)
+    t = torch.randint(self.num_steps, (batch,))
+    signal = self.alpha_bar[t][:, None, None]
+    noise = torch.randn_like(points)
+    noisy = signal.sqrt() * points + (1 - signal).sqrt() * noise
+    found = self.denoise(noisy, self.beta[t], z)
+    error = ((found - noise) ** 2).mean((1, 2))
+    return (error - self.kl_weight * (entropy + log_prior)).mean()
+
+  def sample(self, batch, num_points):
+    """Clouds [B, N, 3] by ancestral sampling, with the posterior's variance."""
+    torch = self.torch
+    with torch.inference_mode():
+      latent = self.state["encoder.fc3_m.bias"].numel()
+      z, _ = self.flow(torch.randn(batch, latent), inverse=True)
+      x = torch.randn(batch, num_points, 3)
+      for t in reversed(range(self.num_steps)):
+        beta, signal = self.beta[t], self.alpha_bar[t]
+        noise = self.denoise(x, beta.repeat(batch), z)
+        x = (x - beta / (1 - signal).sqrt() * noise) / (1 - beta).sqrt()
+        if t:
+          before = self.alpha_bar[t - 1]
+          sigma = ((1 - before) / (1 - signal) * beta).sqrt()
+          x = x + sigma * torch.randn_like(x)
+      return x
+
+
+def small_unet(params, patch):
+  """(forward, parameters) of a `SmallUNet` in PyTorch, from its parameters."""
+  import torch
+
+  functional = torch.nn.functional
+  kernels = {k: v["kernel"] for k, v in params.items() if "kernel" in v}
+  # Ours has a patch's pixels before the classes, PyTorch's shuffle after them.
+  last = kernels["conv_out"]
+  classes = last.shape[-1] // patch**2
+  order = np.arange(last.shape[-1]).reshape(-1, classes).T.ravel()
+  kernels["conv_out"] = last[..., order]
+  state = {
+    name: torch.tensor(kernel.transpose(3, 2, 0, 1), requires_grad=True)
+    for name, kernel in kernels.items()
+  }
+  state |= {
+    f"{name}_{key}": torch.tensor(value[key], requires_grad=True)
+    for name, value in params.items()
+    if "norm" in name
+    for key in ("scale", "bias")
+  }
+  bias = torch.tensor(params["conv_out"]["bias"][order], requires_grad=True)
+  levels = sum(name.startswith("down_") for name in params) // 4
+
+  def block(x, name):
+    for i in range(2):
+      x = functional.conv2d(x, state[f"{name}_conv_{i}"], padding=1)
+      norm = f"{name}_norm_{i}"
+      scale, shift = state[f"{norm}_scale"], state[f"{norm}_bias"]
+      groups = int(np.gcd(8, x.shape[1]))
+      x = torch.relu(functional.group_norm(x, groups, scale, shift, eps=1e-6))
+    return x
+
+  def forward(image, train):
+    del train
+    x, skips = functional.pixel_unshuffle(image, patch), []
+    for i in range(levels):
+      x = functional.max_pool2d(x, 2) if i else x
+      x = block(x, f"down_{i}")
+      skips.append(x)
+    for i in reversed(range(levels - 1)):
+      x = functional.interpolate(x, scale_factor=2, mode="nearest")
+      x = block(torch.cat([x, skips[i]], 1), f"up_{i}")
+    x = functional.conv2d(x, state["conv_out"], bias)
+    return functional.pixel_shuffle(x, patch)
+
+  return forward, [*state.values(), bias]
