@@ -236,7 +236,9 @@ def test_prompts_of_another_form_are_named(directory, tensors, message):
   with pytest.raises(ValueError, match=f"{path}.*{message}"):
     load(directory)
   path.unlink()
-  with pytest.raises(FileNotFoundError, match="import_weights.py makes it"):
+  with pytest.raises(
+    FileNotFoundError, match="fairdiff import-weights makes it"
+  ):
     load(directory)
 
 
