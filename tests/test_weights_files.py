@@ -183,7 +183,7 @@ def test_values_that_mean_nothing_are_named(folder, field, value):
 
 def test_folders_and_files_in_each_others_place(folder, tmp_path):
   file = folder / stable_diffusion.WEIGHTS[0]
-  refuses(file, stable_diffusion.load, "is a file, not a folder .*import_weig")
+  refuses(file, stable_diffusion.load, "is a file, not a folder .*import-weig")
   refuses(folder, stable_diffusion.load_single_file, "is a directory; name")
   none = tmp_path / "none"
   for read in (importing.read, stable_diffusion.load):
