@@ -2,7 +2,7 @@
 # One process per GPU on a Slurm cluster; the nodes share the work directory.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh \
-#     --config configs/fairseg.py --workdir /shared/runs/fairseg
+#     --config fairseg --workdir /shared/runs/fairseg
 #
 #SBATCH --job-name=fairdiff_jax
 #SBATCH --ntasks-per-node=8

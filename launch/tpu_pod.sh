@@ -2,7 +2,7 @@
 # The same command on every host of a TPU pod slice.
 #
 #   launch/tpu_pod.sh NAME ZONE \
-#     --config configs/fairseg.py --workdir /mnt/shared/runs/fairseg
+#     --config fairseg --workdir /mnt/shared/runs/fairseg
 #
 # The project lies in ~/fairdiff_jax on each host, with its data and the work
 # directory on a disk that all hosts mount.
