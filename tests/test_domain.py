@@ -19,6 +19,7 @@ from fairdiff_jax.synthesis.export import export
 from fairdiff_jax.training.checkpoint import Inference
 from fairdiff_jax.training.schedule import phases
 from fairdiff_jax.training.setup import describe_batch, setup, step_function
+from fairdiff_jax.training.trained import restore
 from tests import patients, tables
 
 TINY = {
@@ -160,7 +161,7 @@ def test_a_ventricle_in_its_ring_from_files_to_report_and_export(tmp_path):
   page = (tmp_path / "run" / "report" / "index.html").read_text()
   assert "Cavity-to-ring error" in page and "Disc" not in page
   out = tmp_path / "synthetic"
-  export(tmp_path / "run", out, ["B=2"])
+  export(restore(tmp_path / "run"), out, ["B=2"])
   domain = domains.of("", str(source))
   assert domains.of("", str(out / "cases.csv")) == domain
   found = table.read(out / "cases.csv", domain)

@@ -284,7 +284,7 @@ def test_many_cases_have_their_own_spread_and_one_the_groups():
   """A group's covariance is its own when it has many, the pooled when one."""
   rng = np.random.default_rng(0)
   n, group = 400, np.repeat([0, 1], [400, 1])
-  level = np.r_[rng.uniform(50, 90, n), 200]
+  level = np.r_[rng.integers(50, 90, n), 200].astype(np.uint8)
   image = np.broadcast_to(level[:, None, None], (n + 1, SIZE, SIZE))
   mask = np.broadcast_to(rng.integers(0, 3, (SIZE, SIZE)), image.shape)
   cases = make_cases(n=1)._replace(image=image, mask=mask.astype(np.uint8))
