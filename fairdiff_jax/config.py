@@ -419,15 +419,16 @@ FIELDS: dict[str, Any] = dict(
 )
 
 
-def _flatten(node: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """The values of nested mappings, by dotted name."""
   for key, value in node.items():
     if isinstance(value, Mapping):
-      yield from _flatten(value, f"{prefix}{key}.")
+      yield from flatten(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
 
 
-_BY_NAME: dict[str, Field] = dict(_flatten(FIELDS))
+_BY_NAME: dict[str, Field] = dict(flatten(FIELDS))
 
 
 def all_fields() -> dict[str, Field]:
@@ -486,7 +487,7 @@ def check(config: ConfigDict, num_devices: int | None = None) -> None:
 
 def _faults(config) -> list[str]:
   """What is wrong with single fields."""
-  values = dict(_flatten(config.to_dict()))
+  values = dict(flatten(config.to_dict()))
   return [
     *(f"{n} is no field of a config" for n in values if n not in _BY_NAME),
     *(f"{n} is missing" for n in _BY_NAME if n not in values),
@@ -593,7 +594,7 @@ def to_json(config: ConfigDict) -> str:
 
 def compared(config: ConfigDict) -> dict[str, Any]:
   """The fields that a run's result depends on, by name, in JSON's types."""
-  values = dict(_flatten(json.loads(to_json(config))))
+  values = dict(flatten(json.loads(to_json(config))))
   values |= {f"train.{name}": [*span(config, name)] for name in SPANS}
   return {
     name: value
@@ -661,7 +662,7 @@ def load_record(workdir: str | Path) -> Record:
   if "version" not in stored:
     stored = {"config": stored}
   try:
-    given = dict(_flatten(stored["config"]))
+    given = dict(flatten(stored["config"]))
     if isinstance(given.get("data.augment"), bool):  # before it had names
       given["data.augment"] = "light" if given["data.augment"] else "none"
     record = Record(

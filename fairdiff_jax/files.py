@@ -65,13 +65,20 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
   Raises:
     OSError: it cannot be written; the message names it.
   """
-  path = Path(path)
   if isinstance(data, str):
     data = data.encode()
+  with _replacing(path) as temporary:
+    temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+  """A name to write a file under, which is `path` when the block ends well."""
+  path = Path(path)
   temporary = path.with_name(f"{LEFTOVER}{path.name}")
   with _naming(path):
     try:
-      temporary.write_bytes(data)
+      yield temporary
       temporary.replace(path)
     finally:
       temporary.unlink(missing_ok=True)
@@ -527,6 +534,8 @@ def new_npz(
 ) -> Iterator[Callable[..., None]]:
   """An npz file that `read_npz` can map, written array by array.
 
+  It has another name until the block ends well, as with `write`.
+
   The block is given (name, number, row, dtype, chunks): `chunks` are arrays
   [k, *row] that have `number` rows in all, which need not be in memory
   together. The same arrays give the same bytes.
@@ -534,8 +543,10 @@ def new_npz(
   Raises:
     OSError: it cannot be written; the message names it.
   """
-  path = Path(path)
-  with _naming(path), zipfile.ZipFile(path, "w") as archive:
+  with (
+    _replacing(path) as temporary,
+    zipfile.ZipFile(temporary, "w") as archive,
+  ):
 
     def add(name, number, row, dtype, chunks):
       member = zipfile.ZipInfo(f"{name}.npy")

@@ -326,7 +326,7 @@ def _licences(config, facts: Mapping[str, Any]) -> str:
   lines = ["fairdiff_jax: Apache-2.0. Weights also inherit:", ""]
   if source == "phantom":
     lines.append("* data: made up by fairdiff_jax, Apache-2.0")
-  elif source.lower().endswith(".csv"):
+  elif domains.is_table(source):
     lines.append(
       "* data: your patients; whether weights may be shared is for consent,"
       " ethics board and owner to say"

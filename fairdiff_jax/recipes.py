@@ -77,7 +77,7 @@ def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   config = find(name).copy_and_resolve_references()
   known = configs.all_fields()
   with config.unlocked():
-    for field, value in _flatten(overrides or {}):
+    for field, value in configs.flatten(overrides or {}):
       if field not in known:
         near = difflib.get_close_matches(field, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -88,11 +88,3 @@ def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
         section[last] = value
   configs.check(config)
   return config.lock()
-
-
-def _flatten(node: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in node.items():
-    if isinstance(value, Mapping):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value

@@ -146,11 +146,11 @@ def test_agreement_where_a_ratio_is_undefined():
   test = cases_of(group, 2)
   image, mask = test.image[:2], test.mask[:2]
   generated = Generated(image, mask, np.ones(2, int), np.array(["", ""]))
-  predictions = iter(
-    [mask * [[[1]], [[0]]], test.mask * (group == 1)[:, None, None]]
-  )
   result = evaluation.agreement(
-    lambda _: next(predictions),
+    {
+      "synthetic": mask * [[[1]], [[0]]],
+      "real": test.mask * (group == 1)[:, None, None],
+    },
     generated,
     np.array([0, 1]),
     test,

@@ -16,6 +16,7 @@ its own class and those of all that lies within it.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,7 +295,7 @@ def of(name: str, source: str = "") -> Domain:
     return parse(json.loads(name), "data.domain")
   if name == "fundus":
     return FUNDUS
-  beside = Path(source).with_name(FILE) if source.endswith(".csv") else None
+  beside = Path(source).with_name(FILE) if is_table(source) else None
   path = Path(name) if name else beside
   if path is None or (not name and not path.is_file()):
     return FUNDUS
@@ -303,6 +304,11 @@ def of(name: str, source: str = "") -> Domain:
       f"data.domain={name!r} is neither 'fundus' nor a file; correct the path"
     )
   return parse(files.read_json(path, "correct it"), str(path))
+
+
+def is_table(source: str | os.PathLike) -> bool:
+  """Whether patients come from a csv."""
+  return str(source).lower().endswith(".csv")
 
 
 def text(domain: Domain) -> str:

@@ -212,10 +212,12 @@ def _png(pixels: np.ndarray) -> bytes:
 def report_on(
   used: Mapping[str, Found],
   by_part: Mapping[str, Sequence[Found]],
+  set_aside: list[tuple[str, str]],
+  left_out: Mapping[str, int],
   settings: dict[str, Any],
   source: Source,
 ) -> Report:
-  """What was found in cases that can be used, by name and by part."""
+  """What was found in cases, by name and by part, and in those not used."""
   domain, vocabulary = source.domain, source.vocabulary
   drawn = {name: f for name, f in used.items() if f.dice}
   measured = _measured(domain)
@@ -229,7 +231,8 @@ def report_on(
     counts={
       part: _groups(found, vocabulary) for part, found in by_part.items()
     },
-    set_aside=[],
+    set_aside=set_aside,
+    left_out=dict(left_out),
     notes=[*source.notes(used), *_structure_notes(used, domain)],
     round_trip={
       structure: {"mean": float(column.mean()), "least": float(column.min())}

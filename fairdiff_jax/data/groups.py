@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fairdiff_jax.data.attributes import ATTRIBUTES, UNKNOWN
+from fairdiff_jax.data.domain import is_table
 
 OTHER = "Other"  # the group of groups that have too few cases
 
@@ -171,7 +172,7 @@ def recorded(
 
 def vocabulary_of(config: Any) -> Vocabulary:
   """The words that a `config.data` knows: its own, or FairSeg's."""
-  if not config.words and config.source.lower().endswith(".csv"):
+  if not config.words and is_table(config.source):
     raise ValueError(
       f"the groups of data.attribute={config.attribute!r} are in the table; a"
       " run finds them when it starts, here they must be given as data.words,"

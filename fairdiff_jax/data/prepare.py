@@ -114,7 +114,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
       "data.source is empty; give --config.data.source=cases.csv, "
       "=NPZ_DIRECTORY, or =phantom for made-up patients."
     )
-  from_table = _is_table(config.source)
+  from_table = domains.is_table(config.source)
   if not from_table:
     if domains.of(config.domain) != FUNDUS:
       raise ValueError(
@@ -178,7 +178,7 @@ def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
     return storage.stored_report(source)
   source = Path(source)
   settings, notes = {"source": str(source)}, []
-  if _is_table(source):
+  if domains.is_table(source):
     opened = table.open_table(source, domains.of("", str(source)))
   else:
     try:
@@ -232,7 +232,7 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
 
 def _settings_of(config: Any) -> dict[str, Any]:
   """The settings that a `config.data` asks for."""
-  if _is_table(config.source):
+  if domains.is_table(config.source):
     return _table_settings(config)
   made = None
   if config.source == "phantom":
@@ -357,10 +357,10 @@ def _write(
         f"can be used. The first is {name}: {reason}"
       )
     if not by_part["train"]:
-      others = report.usable, "another" if not source.strict else "the test"
+      other = "the test" if source.strict else "another"
       raise ValueError(
         f"{settings['source']}: no usable case is in the training split by "
-        f"{settings['split']!r}; {others[0]} are in {others[1]} split, "
+        f"{settings['split']!r}; {report.usable} are in {other} split, "
         f"{len(report.set_aside)} are set aside and "
         f"{sum(report.left_out.values())} are left out."
       )
@@ -431,9 +431,7 @@ def _collect(
     for part in source.parts
     if part in held or part != "validation"
   }
-  report = report_on(used, by_part, settings, source)
-  report.set_aside.extend(set_aside)
-  report.left_out.update(left_out)
+  report = report_on(used, by_part, set_aside, left_out, settings, source)
   return by_part, report
 
 
@@ -485,10 +483,6 @@ def _unspooled(
       spool.seek(start)
       record[name] = spool.read(length)
     yield record
-
-
-def _is_table(source: str | os.PathLike) -> bool:
-  return str(source).lower().endswith(".csv")
 
 
 def _table_settings(config: Any) -> dict[str, Any]:

@@ -68,18 +68,16 @@ def load(
         return cases
     shutil.rmtree(folder, ignore_errors=True)
   with _reading(directory):
-    records = builder.as_data_source(split)
-    try:
-      if not digest:
-        raise PermissionError
-      with files.new_directory(folder) as new:
-        _unpack(records, report, new, f"load {split}", progress)
-    except OSError:
-      with tempfile.TemporaryDirectory() as folder:
-        _unpack(records, report, folder, f"load {split}", progress)
+    cases, what = None, (builder.as_data_source(split), report)
+    if digest:
+      with contextlib.suppress(OSError):  # nobody may write there
+        with files.new_directory(folder) as new:
+          _unpack(*what, new, f"load {split}", progress)
         cases = _mapped(folder, report)
-    else:
-      cases = _mapped(folder, report)
+    if cases is None:
+      with tempfile.TemporaryDirectory() as temporary:
+        _unpack(*what, temporary, f"load {split}", progress)
+        cases = _mapped(temporary, report)
     if digest not in (None, _digest(cases)):
       shutil.rmtree(folder, ignore_errors=True)
       raise ValueError("its cases are not those that were prepared")

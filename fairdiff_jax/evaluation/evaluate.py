@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def synthesize(
 
 
 def agreement(
-  predict: Callable[[np.ndarray], np.ndarray],
+  found: Mapping[str, np.ndarray],
   generated: Generated,
   synthetic_group: np.ndarray,
   test: Cases,
@@ -80,13 +80,22 @@ def agreement(
 ) -> dict[str, dict[str, dict[str, float]]]:
   """A segmenter's Dice on synthetic cases beside its Dice on real ones.
 
+  Args:
+    found: its masks of 'synthetic' and 'real' cases.
+    generated: the synthetic cases.
+    synthetic_group: their groups.
+    test: the real cases.
+    test_group: theirs.
+    names: of the groups.
+    empty: what an absent structure counts, as for `metrics.dice`.
+
   Returns:
     group (or 'all', the mean over groups) -> class -> {'synthetic', 'real',
     'ratio'}; NaN where there is no case, and for the ratio to 0.
   """
   sides = {
-    "synthetic": (generated.mask, predict(generated.image), synthetic_group),
-    "real": (test.mask, predict(test.image), test_group),
+    "synthetic": (generated.mask, found["synthetic"], synthetic_group),
+    "real": (test.mask, found["real"], test_group),
   }
   result: dict[str, dict[str, dict[str, float]]] = {}
   for cls in test.domain.parts:
@@ -202,7 +211,11 @@ def evaluate(
     realistic = realism.compare(real, synthetic, domain.regions, names)
     agreements = {
       name: agreement(
-        predict, generated, group, test, test_group, names, definitions.empty
+        {
+          "synthetic": predict(generated.image),
+          "real": predictions.get(name, test.mask),  # without cases, neither
+        },
+        *(generated, group, test, test_group, names, definitions.empty),
       )
       for name, predict in predictors.items()
     }

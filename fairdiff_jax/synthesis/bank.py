@@ -15,7 +15,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fairdiff_jax import files
-from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
@@ -65,7 +64,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
   generate = make_generator(run, anatomy)
   names = run.objective.group_names
   shape = tuple(run.config.data.size)
-  domain = domains.of(run.config.data.domain, run.config.data.source)
+  domain = run.domain
   first_host = jax.process_index() == 0
 
   def refill(
@@ -120,25 +119,19 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
         except ValueError:
           shutil.rmtree(folder.parent)  # what is changed may be no other state
           raise
+        sound = fault == ""
+        cases = [
+          {
+            "case": i,
+            "number": int(number),
+            "group": names[group[number]],
+            "attempts": int(attempts[number]),
+          }
+          | facts
+          for i, number in enumerate(np.flatnonzero(sound))
+        ]
         record = facts | {"source": source, "unsound": unsound}
-        with files.new_directory(directory) as temporary:
-          sound = fault == ""
-          _write_cases(temporary, chunks, group[sound], sizes)
-          lines = [
-            {
-              "case": i,
-              "number": int(number),
-              "group": names[group[number]],
-              "attempts": int(attempts[number]),
-            }
-            | facts
-            for i, number in enumerate(np.flatnonzero(sound))
-          ]
-          text = "".join(json.dumps(line) + "\n" for line in lines)
-          files.write(temporary / MANIFEST, text)
-          record["sha256"] = files.sha256(temporary / CASES)
-          text = json.dumps(record, indent=2) + "\n"
-          files.write(temporary / RECORD, text)
+        _write(directory, chunks, group[sound], sizes, cases, record)
         shutil.rmtree(folder.parent)
         if unsound:
           say(
@@ -192,23 +185,26 @@ def _read(path: Path) -> Generated:
 
 
 def _write_chunk(path: Path, cases: Generated):
-  temporary = path.with_name(f"{files.LEFTOVER}{path.name}")
-  with files.new_npz(temporary) as add:
+  with files.new_npz(path) as add:
     for name, array in cases._asdict().items():
       add(name, len(array), array.shape[1:], array.dtype, [array])
-  temporary.replace(path)
 
 
-def _write_cases(directory: Path, chunks, group, sizes):
-  """Writes the sound cases of all chunks."""
+def _write(directory: Path, chunks, group, sizes, cases, record):
+  """Writes the sound cases of all chunks, their manifest, and the record."""
   first = chunks[0]
-  with files.new_npz(directory / CASES) as add:
-    for name in ("image", "mask"):
-      row, dtype = getattr(first, name).shape[1:], getattr(first, name).dtype
-      sound = (getattr(c, name)[c.sound] for c in chunks)
-      add(name, len(group), row, dtype, sound)
-    for name, array in (("group", group), ("sizes", sizes)):
-      add(name, len(array), (), array.dtype, [array])
+  with files.new_directory(directory) as temporary:
+    with files.new_npz(temporary / CASES) as add:
+      for name in ("image", "mask"):
+        row, dtype = getattr(first, name).shape[1:], getattr(first, name).dtype
+        sound = (getattr(c, name)[c.sound] for c in chunks)
+        add(name, len(group), row, dtype, sound)
+      for name, array in (("group", group), ("sizes", sizes)):
+        add(name, len(array), (), array.dtype, [array])
+    text = "".join(json.dumps(case) + "\n" for case in cases)
+    files.write(temporary / MANIFEST, text)
+    record = record | {"sha256": files.sha256(temporary / CASES)}
+    files.write(temporary / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _count_unsound(attempts, fault, group, names) -> dict[str, dict[str, int]]:

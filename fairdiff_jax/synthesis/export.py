@@ -98,7 +98,7 @@ def export(
     np.array(list(wanted), np.int32), np.array(list(wanted.values()))
   )
   domain = trained.domain
-  as_table = config.data.source.lower().endswith(".csv")
+  as_table = domains.is_table(config.data.source)
   suffix = "png" if as_table else "npz"
   folder = out / IMAGES if as_table else out
   paths = [folder / f"data_{i:05d}.{suffix}" for i in range(1, len(group) + 1)]

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.audit import mask_fault
 from fairdiff_jax.data.contours import points_to_mask, smooth_contours
 from fairdiff_jax.data.loader import normalize
@@ -117,7 +116,7 @@ def make_generator(
     its progress bar.
   """
   size = run.config.bank.batch_size
-  domain = domain_of(run)
+  domain = run.domain
   draw_masks = _make_mask_generator(run, anatomy)
   draw_images = make_image_generator(run, anatomy)
 
@@ -141,7 +140,7 @@ def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
   most `bank.batch_size`.
   """
   config, shape = run.config.bank, tuple(run.config.data.size)
-  domain = domain_of(run)
+  domain = run.domain
   draw_points = None
   if not anatomy or "points" in makers(run.config):
     task = run.objective.tasks["points"]
@@ -194,7 +193,7 @@ def make_image_generator(
     [n, H, W] or RGB [n, H, W, 3], for any n.
   """
   config = run.config.bank
-  shape, channels = tuple(run.config.data.size), domain_of(run).channels
+  shape, channels = tuple(run.config.data.size), run.domain.channels
   strength = config.strength if anatomy else 1.0
   task = run.objective.tasks["image"]
 
@@ -220,11 +219,6 @@ def make_image_generator(
     return found[..., 0] if channels == 1 else found
 
   return draw
-
-
-def domain_of(run: Setup) -> domains.Domain:
-  """What a run's masks and images show."""
-  return domains.of(run.config.data.domain, run.config.data.source)
 
 
 def _key(seed: int | Sequence[int]) -> jax.Array:

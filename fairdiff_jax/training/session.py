@@ -13,7 +13,6 @@ import numpy as np
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import files
-from fairdiff_jax.data import domain
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.layout import Layout
 from fairdiff_jax.training import schedule
@@ -223,10 +222,7 @@ class Session:
       else:
         number = len(self._run.objective.group_names)
         synthetic = read_bank(
-          directory,
-          config.data.size,
-          number,
-          domain.of(config.data.domain, config.data.source),
+          directory, config.data.size, number, self._run.domain
         )
       self._bank = bank_facts(directory)
     self.pools.mix(step, synthetic)

@@ -39,6 +39,11 @@ class Setup(NamedTuple):
   # (statistics, training cases of every group [G]) -> the initial state
   init: Callable[[Any, np.ndarray], TrainState]
 
+  @property
+  def domain(self) -> domain.Domain:
+    """What masks and images show."""
+    return domain.of(self.config.data.domain, self.config.data.source)
+
 
 def setup(config, devices: Sequence[jax.Device] | None = None) -> Setup:
   """Builds objective, optimiser and mesh, and describes the state.

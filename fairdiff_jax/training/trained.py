@@ -35,8 +35,7 @@ class Trained(NamedTuple):
 
   @property
   def domain(self) -> domains.Domain:
-    data = self.config.data
-    return domains.of(data.domain, data.source)
+    return self.setup.domain
 
 
 def restore(workdir: str | Path) -> Trained:
