@@ -10,6 +10,7 @@ PACKAGE = "fairdiff_jax"
 
 # What each part may import, besides itself.
 ALLOWED = {
+  "cluster": [],
   "files": [],
   "layout": [],
   "config": ["files", "layout"],
@@ -23,6 +24,7 @@ ALLOWED = {
 ALLOWED["objectives"] = ["files", "data", "models", "pretrained", "diffusion"]
 ALLOWED["objectives"] += ["fairness"]
 ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config", "layout"]
+ALLOWED["training"] += ["cluster"]
 ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
 ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]
 ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
