@@ -30,6 +30,7 @@ ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]
 ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
 ALLOWED["handover"] = [*ALLOWED["evaluation"], "evaluation", "__version__"]
 ALLOWED["run"] = [*ALLOWED["handover"], "handover", "experiment"]
+ALLOWED["doctor"] = ["models", "training", "__version__"]
 ALLOWED["study"] = [*ALLOWED["experiment"], "experiment"]
 
 
