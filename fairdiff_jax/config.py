@@ -22,6 +22,7 @@ VERSION = 2  # of config.json's form; 1 held the config alone
 
 # Fields that may change when a run goes on: they do not alter its result.
 HARMLESS = ("checkpoint", "log", "parallel", "evaluation", "baseline")
+DECISIVE = ("evaluation.patience",)  # among those, it does
 # Paths: what lies there is compared, not where. And what the data decide.
 NOT_COMPARED = (
   "data.source",
@@ -149,6 +150,11 @@ def _contradictions(config, num_devices) -> Iterator[str]:
       "image.cache_latents=True is for image.network='stable_diffusion', not"
       f" {image.network!r}, which has no latents; set it to False"
     )
+  if config.evaluation.patience and not config.evaluation.every:
+    yield (
+      f"evaluation.patience={config.evaluation.patience} counts validations,"
+      " and there are none; set evaluation.every too"
+    )
   parallel = config.parallel
   if parallel.compile == "pmap" and parallel.fsdp != 1:
     yield "parallel.compile='pmap' replicates; set parallel.fsdp=1"
@@ -204,7 +210,8 @@ def compared(config: ConfigDict) -> dict[str, Any]:
   return {
     name: value
     for name, value in values.items()
-    if name.split(".")[0] not in HARMLESS and name not in NOT_COMPARED
+    if name in DECISIVE
+    or (name.split(".")[0] not in HARMLESS and name not in NOT_COMPARED)
   }
 
 

@@ -381,7 +381,16 @@ FIELDS: dict[str, Any] = dict(
   log=dict(every=_whole(20, "steps between log lines; 0 = one at the end", 0)),
   baseline=_flag(True, "also train the segmenter alone, on real data (ERM)"),
   evaluation=dict(
-    batch_size=_whole(64, "test cases predicted at a time"),
+    every=_whole(
+      0,
+      "steps of the segmenter between validations, whose best checkpoint is"
+      " kept; 0 = never",
+      0,
+    ),
+    patience=_whole(
+      0, "validations without a better one that end the run; 0 = never", 0
+    ),
+    batch_size=_whole(64, "cases predicted at a time"),
     empty=_choice("exclude", "what an absent structure counts", "published"),
     equity=_choice(
       "fairdiff_std",
