@@ -1,9 +1,9 @@
 """A run that has a checkpoint: what it was made with, and its averages."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from ml_collections import ConfigDict
 
@@ -66,13 +66,19 @@ class Trained(NamedTuple):
     ended = bool(patience) and in_vain(self.history) >= patience
     return ended and self.last < self.config.train.steps
 
+  def checkpoint(self) -> dict[str, Any]:
+    """What a report says of it: `chosen`, `step`, `score`, `validations`."""
+    return {
+      "chosen": self.chosen,
+      "step": self.step,
+      "score": self.score,
+      "validations": len(self.history),
+      "last_step": self.last,
+      "stopped_early": self.stopped_early,
+    }
+
   def __str__(self) -> str:
-    """The checkpoint in words."""
-    score = self.score
-    told = "not validated"
-    if score is not None:
-      told = f"validation ES-Dice {100 * score:.1f}"
-    return f"{self.chosen}, step {self.step} ({told})"
+    return told(self.checkpoint())
 
   def baseline(self) -> Self:
     """The baseline of this run, at the checkpoint chosen in the same way.
@@ -81,6 +87,21 @@ class Trained(NamedTuple):
     """
     wanted = None if self.chosen == GIVEN else self.chosen
     return restore(self.layout.baseline.workdir, wanted)
+
+
+def told(checkpoint: Mapping[str, Any]) -> str:
+  """A checkpoint in words, of what `Trained.checkpoint` gives.
+
+  >>> told({"chosen": "best", "step": 900, "score": 0.714, "validations": 6})
+  'best of 6 validations, step 900, validation ES-Dice 71.4'
+  """
+  chosen, number = checkpoint["chosen"], checkpoint["validations"]
+  if chosen == BEST:
+    chosen += f" of {number} validation{'s' * (number > 1)}"
+  score = "not validated"
+  if checkpoint["score"] is not None:
+    score = f"validation ES-Dice {100 * checkpoint['score']:.1f}"
+  return f"{chosen}, step {checkpoint['step']}, {score}"
 
 
 def parse_checkpoint(text: str | int | None) -> str | int | None:
