@@ -168,7 +168,7 @@ FIELDS: dict[str, Any] = dict(
     source=_text("", "a table (.csv), a directory of npz files, or 'phantom'"),
     directory=_text("", "prepared data; '' = <workdir>/data"),
     validation=_real(
-      0,
+      0.0,
       "share of training cases held out, by patient, where the source has no"
       " validation cases",
       0,

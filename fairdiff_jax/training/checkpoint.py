@@ -31,9 +31,7 @@ from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.start import import_weights
 from fairdiff_jax.training.step import TrainState
-from fairdiff_jax.training.validation import Score, best, parse
-
-BEST, LAST = "best", "last"  # checkpoints by name
+from fairdiff_jax.training.validation import BEST, LAST, Score, best, parse
 
 
 class Inference(NamedTuple):

@@ -10,16 +10,16 @@ from ml_collections import ConfigDict
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.layout import Layout
-from fairdiff_jax.training.checkpoint import (
-  BEST,
-  LAST,
-  Inference,
-  restore_inference,
-)
+from fairdiff_jax.training.checkpoint import Inference, restore_inference
 from fairdiff_jax.training.setup import Setup, setup
-from fairdiff_jax.training.validation import Score, best, in_vain
-
-GIVEN = "given"  # by its step
+from fairdiff_jax.training.validation import (
+  BEST,
+  GIVEN,
+  LAST,
+  Score,
+  best,
+  in_vain,
+)
 
 
 class Trained(NamedTuple):

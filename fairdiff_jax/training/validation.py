@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 Score = tuple[int, float]
 SCORE = "validation/score"  # what is chosen by: the higher, the better
+BEST, LAST, GIVEN = "best", "last", "given"  # how a checkpoint is chosen
 
 
 def best(history: Sequence[Score]) -> Score | None:
