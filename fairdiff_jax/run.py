@@ -113,7 +113,8 @@ class Run:
     What was interrupted goes on from the newest checkpoint.
 
     >>> import fairdiff_jax
-    >>> config = fairdiff_jax.recipe("phantom:smoke")
+    >>> validated = {"data.validation": 0.2, "evaluation.every": 2}
+    >>> config = fairdiff_jax.recipe("phantom:smoke", validated)
     >>> fairdiff_jax.Run("runs/first", config).train()
     True
 
