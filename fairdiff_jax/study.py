@@ -29,10 +29,16 @@ VALIDATION_SEED = 1000  # of training and test phantoms that choose settings
 
 
 def configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-  """The config of a run of the study: without baseline, its report short."""
+  """The config of a run of the study: without baseline, its report short.
+
+  All train on all training cases, up to the last step, so that methods differ
+  in nothing else; settings are chosen on patients of their own (`choose`).
+  """
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.baseline = False
+    config.data.validation = config.evaluation.every = 0
+    config.evaluation.patience = 0
     config.evaluation.synthetic_per_group = 1
     config.update_from_flattened_dict(dict(changes))
   return config

@@ -16,6 +16,11 @@ from ml_collections import ConfigDict, config_flags
 from fairdiff_jax import config as configs
 from fairdiff_jax import recipes
 
+CHECKPOINT = (  # a flag of all that use what a run has learned
+  *("checkpoint", None),
+  "best (on validation), last, or STEP; default best where there is one, else"
+  " last.",
+)
 HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull", "--helpshort")
 
 

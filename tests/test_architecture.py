@@ -12,8 +12,9 @@ PACKAGE = "fairdiff_jax"
 ALLOWED = {
   "files": [],
   "layout": [],
-  "config": ["files", "layout"],
-  "recipes": ["config"],
+  "fields": [],
+  "config": ["files", "layout", "fields"],
+  "recipes": ["config", "fields"],
   "data": ["files"],
   "models": ["data"],
   "pretrained": ["files", "models"],

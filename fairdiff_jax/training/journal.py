@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from fairdiff_jax import files
 from fairdiff_jax.layout import Layout
+from fairdiff_jax.training.validation import SCORE
 
 # tqdm's own guess of the time left takes all steps to be alike.
 BAR = (
@@ -22,8 +24,9 @@ BAR = (
 class Journal:
   """Writes `metrics.jsonl` and events; silent on hosts other than the first.
 
-  A resumed run cuts `metrics.jsonl` back to the step it resumes from, so that
-  the file reads like that of a run that was never interrupted.
+  A resumed run cuts `metrics.jsonl` back to the step it resumes from, and to
+  the validations that it remembers, so that the file reads like that of a run
+  that was never interrupted.
   """
 
   def __init__(
@@ -34,6 +37,7 @@ class Journal:
     stop: int,
     enabled: bool = True,
     name: str = "train",
+    validated: Collection[int] = (),
   ):
     self._enabled = enabled
     if not enabled:
@@ -43,7 +47,9 @@ class Journal:
     kept = [
       json.dumps(record) + "\n"
       for record in records
-      if record.get("step", math.inf) <= start and "params_sha256" not in record
+      if record.get("step", math.inf) <= start
+      and "params_sha256" not in record
+      and (SCORE not in record or record["step"] in validated)
     ]
     files.write(path, "".join(kept))
     self._file = path.open("a", buffering=1)
@@ -79,13 +85,20 @@ class Journal:
 
   def _show(self, **texts: str):
     self._shown |= texts
-    shown = (self._shown.get(k) for k in ("wait", "left", "cases"))
+    shown = map(self._shown.get, ("wait", "left", "validation", "cases"))
     self._bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
 
   def say(self, message: str):
     """Prints a line above the progress bar."""
     if self._enabled:
       self._bar.write(message, file=sys.stderr)
+
+  def validation(self, step: int, metrics: dict[str, float], best: float):
+    """Writes what a validation found, and shows its score and the best."""
+    self.log(step, metrics)
+    if self._enabled:
+      text = f"validation {100 * metrics[SCORE]:.1f} (best {100 * best:.1f})"
+      self._show(validation=text)
 
   def log(self, step: int, metrics: dict[str, Any], cases: int = 0):
     """Writes metrics; `cases` per step gives the throughput.
