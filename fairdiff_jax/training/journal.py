@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from fairdiff_jax import files
@@ -38,6 +37,8 @@ class Journal:
     self._enabled = enabled
     if not enabled:
       return
+    from tensorboardX import SummaryWriter
+
     path = Layout(workdir).log
     records = files.read_json_lines(path) if path.exists() else []
     kept = [
