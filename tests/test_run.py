@@ -116,6 +116,20 @@ def test_a_name_that_is_not_there_is_named():
     fairdiff_jax.Rum  # noqa: B018
 
 
+def test_rates_and_pictures_are_logged(run):
+  """Every network's learning rate, and each bank's picture."""
+  lines = run.layout.log.read_text().splitlines()
+  logged = [json.loads(line) for line in lines]
+  told = {name for line in logged for name in line if "_rate/" in name}
+  assert told == {
+    f"learning_rate/{n}" for n in ("points", "image", "segmenter")
+  }
+  sheets = [*run.layout.banks.glob("step_*/sheet.png")]
+  assert sheets == [bank / "sheet.png" for bank in run.layout.filled_banks]
+  (events,) = run.layout.workdir.glob("events.*")
+  assert events.read_bytes().count(b"\x89PNG") >= len(sheets) > 0
+
+
 def test_segment_is_what_the_report_is_about(run, test_cases, monkeypatch):
   shown = {}
   monkeypatch.setattr(report, "write", lambda _, **page: shown.update(page))
