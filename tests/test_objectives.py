@@ -590,11 +590,10 @@ def test_agreement_teaches_only_the_image_generator(state):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_learning_rate_told_is_the_one_used(decay, accumulate):
   """SGD's step, by its momentum, which is summed up here."""
-  config = configs.defaults().optimizer
-  with config.unlocked():
-    config.points.kind, config.points.decay = "sgd", decay
-    config.points.warmup_steps, config.points.accumulate = 2, accumulate
-    config.points.weight_decay = config.points.clip_norm = 0.0
+  config = get_config("smoke").optimizer.copy_and_resolve_references().unlock()
+  config.points.kind, config.points.decay = "sgd", decay
+  config.points.warmup_steps, config.points.accumulate = 2, accumulate
+  config.points.weight_decay = config.points.clip_norm = 0.0
   optimizer = make_optimizer(config, {"points": 12})
   rate = learning_rate(config.points, 12)
   params = {"points": jnp.zeros(())}

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from fairdiff_jax.run import Run
 from fairdiff_jax.training.checkpoint import Inference
 from fairdiff_jax.training.setup import setup
 from fairdiff_jax.training.trained import Trained
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def examples(thing):
@@ -95,6 +98,37 @@ PUBLIC = [
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda x: x.__name__)
 def test_every_public_name_has_an_example_that_runs(place, thing):
   examples(thing)
+
+
+def readme():
+  (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+  return [code]
+
+
+def tour():
+  cells = json.loads((README.parent / "docs" / "tour.ipynb").read_text())[
+    "cells"
+  ]
+  return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("cells", [readme, tour], ids=["readme", "tour"])
+def test_what_the_documentation_runs_runs(place, cells, monkeypatch):
+  """On the run that is there, which the same lines have trained."""
+
+  def train(self):
+    configs.require(self.layout.workdir, self.config)
+    return True
+
+  monkeypatch.setattr(Run, "train", train)
+  monkeypatch.setenv("MPLBACKEND", "agg")
+  names = {}
+  for cell in cells():
+    exec(cell, names)
+  names["run"].trained  # noqa: B018
+  if "figures" in names and cells is tour:
+    assert names["figures"]["n"] <= len(names["test"].name)
+    assert {*names["intervals"]["few"]} == {*names["run"].groups}
 
 
 @pytest.mark.parametrize(
