@@ -20,6 +20,7 @@ from fairdiff_jax.synthesis.generate import (
   make_generator,
   make_image_generator,
 )
+from fairdiff_jax.training.journal import sending
 from fairdiff_jax.training.trained import Trained, parse_checkpoint, restore
 
 
@@ -107,7 +108,7 @@ class Run:
     """
     return self.trained.setup.objective.group_names
 
-  def train(self, *, proceed: bool = False) -> bool:
+  def train(self, *, proceed: bool = False, wandb: str = "") -> bool:
     """Trains, with a baseline if the config asks for one, and reports.
 
     What was interrupted goes on from the newest checkpoint.
@@ -121,6 +122,8 @@ class Run:
     Args:
       proceed: whether an existing run may go on with another config than it
         had, which is recorded.
+      wandb: project of Weights & Biases that its numbers are sent to as well,
+        but no picture; '' for none.
 
     Returns:
       Whether it is complete; False if it was asked to stop, by a signal.
@@ -128,9 +131,11 @@ class Run:
     Raises:
       ValueError: the config cannot run; the directory belongs to a run of
         another config or data; or another process writes to it.
+      ImportError: wandb is asked for and not installed.
     """
     self._forget()
-    return experiment.run(self.config, self.layout.workdir, proceed=proceed)
+    with sending(wandb):
+      return experiment.run(self.config, self.layout.workdir, proceed=proceed)
 
   def evaluate(
     self,

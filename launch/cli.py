@@ -65,13 +65,15 @@ def run(
   app.run(guarded, flags_parser=parse)
 
 
-def config() -> ConfigDict:
-  """The config that the command asks for.
+def config(*, optional: bool = False) -> ConfigDict | None:
+  """The config that the command asks for; None if it is optional and absent.
 
   Raises:
     ValueError: it asks for none, or for one that cannot run.
   """
   asked = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  if asked is None and optional:
+    return None
   if asked is None:
     raise ValueError(
       "give --config NAME or FILE, or as --workdir the directory of a run"

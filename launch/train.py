@@ -16,6 +16,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 CONTINUE = flags.DEFINE_bool(
   "continue", False, "Go on with another config than the run had so far."
 )
+WANDB = flags.DEFINE_string(
+  "wandb", "", "Project of Weights & Biases to send the numbers to as well."
+)
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of many processes; on a cluster, found by itself."
 )
@@ -37,7 +40,9 @@ def main(_):
     jax.distributed.initialize(
       COORDINATOR.value, PROCESSES.value, PROCESS.value
     )
-  complete = Run(WORKDIR.value, config).train(proceed=CONTINUE.value)
+  complete = Run(WORKDIR.value, config).train(
+    proceed=CONTINUE.value, wandb=WANDB.value
+  )
   if complete and jax.process_index() == 0:
     print(f"report: {WORKDIR.value}/report/index.html")
 
