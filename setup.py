@@ -33,8 +33,8 @@ setup(
     "array_record",
     "contourpy",
     "flatbuffers",
-    "flax",
-    "jax",
+    "flax>=0.12",
+    "jax>=0.10",
     "jinja2",
     "markupsafe",
     "matplotlib",
@@ -52,6 +52,7 @@ setup(
   ],
   extras_require={
     "dicom": ["pydicom"],
+    "wandb": ["wandb"],
     "test": [
       "chex",
       "fairmedfm",

@@ -41,6 +41,8 @@ def get_config(variant: str = ""):
 
 
 def _small(config):
+  config.data.validation = 0.2
+  config.evaluation.every = 100
   config.data.size = (128, 128)
   shrink_points(config)
   config.image.channels = (32, 48, 64)

@@ -26,6 +26,8 @@ def get_config(variant: str = ""):
     config.data.source = ""
   else:
     config = fairseg.get_config(variant).unlock()
+    config.data.validation = 0.2
+    config.evaluation.every = config.evaluation.every or 1_000
   config.data.attribute = "sex"
   config.bank.harmonics = 0
   config.bank.min_solidity = 0.0  # structures may be concave

@@ -18,6 +18,8 @@ def get_config(variant: str = ""):
   config = defaults()
   config.data.source = "phantom"
   config.data.size = (64, 64)
+  config.data.phantom.train = 125
+  config.data.validation = 0.2  # which leaves 100
   shrink_points(config)
 
   config.train.steps = 1300
@@ -27,11 +29,14 @@ def get_config(variant: str = ""):
   config.bank.masks = "both"
   config.bank.strength = 0.4
   config.checkpoint.every = 300
+  config.evaluation.every = 100
   config.evaluation.synthetic_per_group = 32
   config.objective.agreement = 0.1
   if variant == "smoke":
     config.data.size = (32, 32)
     config.data.phantom.train = 24
+    config.data.validation = 0.0  # no more than tests need
+    config.evaluation.every = 0
     config.data.phantom.test = 2
     config.points.num_steps = 10
     config.image.channels = (8,)

@@ -1,5 +1,6 @@
 """The methods of the phantom study, as changes of `configs/phantom.py`."""
 
+PATIENTS = 100  # to train on
 STEPS = 1000  # of every method's segmenter
 GENERATION = 2200  # of the generators'
 
@@ -60,6 +61,10 @@ METHODS = {
   "Equal Scale, half real": _STAGED | {"fairness.real_share": 0.5},
   "joint": _JOINT,
   CEILING: _ALONE | {"data.phantom.train": 900, "data.phantom.balanced": True},
+}
+METHODS = {
+  name: {"data.phantom.train": PATIENTS} | changes
+  for name, changes in METHODS.items()
 }
 # The methods whose generators, up to the step of their only bank, are the
 # same, so that they are trained once.

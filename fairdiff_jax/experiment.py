@@ -2,7 +2,10 @@
 
 import contextlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,9 +17,11 @@ from fairdiff_jax.data import domain, prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.groups import OTHER, recorded, small_groups
 from fairdiff_jax.evaluation.evaluate import evaluate
+from fairdiff_jax.evaluation.validation import make_validate
 from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis.bank import make_refill
 from fairdiff_jax.training.loop import train
+from fairdiff_jax.training.schedule import validations
 from fairdiff_jax.training.trained import restore
 
 
@@ -113,15 +118,12 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
   config = name_groups(config, cases)
   if not storage.num_cases(directory, "test"):
     _say(f"no test case is in {directory}: nothing will be said of fairness")
-  data = storage.digest(directory)
-  state = train(
-    config,
-    workdir,
-    cases,
-    data=data,
-    make_refill=make_refill,
-    proceed=proceed,
-  )
+  shared = {
+    "data": storage.digest(directory),
+    "make_validate": _make_validate(config, directory),
+    "proceed": proceed,
+  }
+  state = train(config, workdir, cases, make_refill=make_refill, **shared)
   if state is None:
     return False
   if config.baseline and "segmenter" in state.params:
@@ -129,11 +131,33 @@ def _run(config: ConfigDict, workdir: Path, proceed: bool) -> bool:
       baseline_config(config),
       layout.baseline.workdir,
       cases,
-      data=data,
       name="baseline",
-      proceed=proceed,
+      **shared,
     )
     if state is None:
       return False
-  evaluate(restore(workdir))
+  trained = restore(workdir)
+  _say(f"checkpoint: {trained}")
+  evaluate(trained)
   return True
+
+
+def _make_validate(
+  config: ConfigDict, directory: Path
+) -> Callable[..., Any] | None:
+  """Makes what validates a run; None if its config asks for no validation.
+
+  Raises:
+    ValueError: there is no validation case.
+  """
+  if not validations(config):
+    return None
+  if not storage.num_cases(directory, "validation"):
+    raise ValueError(
+      f"evaluation.every={config.evaluation.every} asks for validation cases,"
+      f" and {directory} has none; mark some in the source, or prepare with"
+      " data.validation=.2, which holds some of the training cases out, or set"
+      " evaluation.every=0"
+    )
+  cases = storage.load(directory, "validation")
+  return partial(make_validate, cases=cases)

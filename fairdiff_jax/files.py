@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import threading
 import time
 import zipfile
@@ -26,9 +27,10 @@ from collections.abc import (
   Sequence,
 )
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # takes longer to import than all else that a command needs
+  import numpy as np
 
 LEFTOVER = "incomplete_"  # how a directory is called while it is filled
 OWNER = "owner.json"  # who writes to a directory
@@ -433,7 +435,7 @@ def read_npz(
   *,
   limit: int | None = None,
   mapped: bool = False,
-) -> dict[str, np.ndarray | None]:
+) -> "dict[str, np.ndarray | None]":
   """Reads the arrays of an npz file; nothing that could run is read.
 
   Every header is looked at before its array is unpacked.
@@ -480,7 +482,9 @@ def _read_array(
   member: zipfile.ZipInfo,
   limit: int | None,
   mapped: bool,
-) -> np.ndarray:
+) -> "np.ndarray":
+  import numpy as np
+
   form = np.lib.format
   readers = {
     (1, 0): form.read_array_header_1_0,
@@ -524,8 +528,8 @@ def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
   """Where the bytes of a member begin, after its local header."""
   with open(archive.filename, "rb") as file:
     file.seek(member.header_offset + 26)
-    lengths = np.frombuffer(file.read(4), "<u2")
-    return file.tell() + int(lengths.sum())
+    lengths = struct.unpack("<2H", file.read(4))
+    return file.tell() + sum(lengths)
 
 
 @contextlib.contextmanager
@@ -561,7 +565,7 @@ def new_npz(
 @contextlib.contextmanager
 def new_array(
   path: str | os.PathLike, number: int, row: tuple[int, ...], dtype: Any
-) -> Iterator[Callable[[np.ndarray], None]]:
+) -> "Iterator[Callable[[np.ndarray], None]]":
   """An npy file to append rows to, which may be larger than memory.
 
   Args:
@@ -581,6 +585,8 @@ def new_array(
 
 def _appender(file, path, number, row, dtype):
   """Writes the header of an array [number, *row]; what appends rows to it."""
+  import numpy as np
+
   dtype = np.dtype(dtype)
   header = {
     "descr": np.lib.format.dtype_to_descr(dtype),
@@ -598,8 +604,10 @@ def _appender(file, path, number, row, dtype):
   return append
 
 
-def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+def npz_bytes(arrays: "Mapping[str, np.ndarray]") -> bytes:
   """The arrays as a compressed npz file; the same arrays, the same bytes."""
+  import numpy as np
+
   data = io.BytesIO()
   np.savez_compressed(data, **arrays)
   return data.getvalue()

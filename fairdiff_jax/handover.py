@@ -185,9 +185,9 @@ def card(trained: Trained, facts: Mapping[str, Mapping[str, Any]]) -> str:
   }
   parts = [
     f"# {title}",
-    f"Trained with fairdiff_jax {__version__} for {trained.step} steps, to"
-    " segment images of all groups of patients equally well. For research: it"
-    " is no medical device.",
+    f"Trained with fairdiff_jax {__version__} for {trained.step} steps"
+    f" (checkpoint: {trained}), to segment images of all groups of patients"
+    " equally well. For research: it is no medical device.",
     "\n".join(f"* `{name}/` {names[name]}" for name in facts),
     "## Data",
     _data(trained),

@@ -54,6 +54,11 @@ class Layout:
     """Metrics as JSON lines; TensorBoard's events lie beside it."""
     return self.workdir / "metrics.jsonl"
 
+  @property
+  def wandb(self) -> Path:
+    """What Weights & Biases calls the run, where it is sent there."""
+    return self.workdir / "wandb_id"
+
   def nonfinite(self, step: int) -> Path:
     """What a step saw that was not finite."""
     return self.workdir / f"nonfinite_step_{step}.json"

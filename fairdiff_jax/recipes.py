@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fairdiff_jax import config as configs
+from fairdiff_jax.fields import flatten
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   config = find(name).copy_and_resolve_references()
   known = configs.all_fields()
   with config.unlocked():
-    for field, value in configs.flatten(overrides or {}):
+    for field, value in flatten(overrides or {}):
       if field not in known:
         near = difflib.get_close_matches(field, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

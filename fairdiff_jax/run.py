@@ -20,7 +20,8 @@ from fairdiff_jax.synthesis.generate import (
   make_generator,
   make_image_generator,
 )
-from fairdiff_jax.training.trained import Trained, restore
+from fairdiff_jax.training.journal import sending
+from fairdiff_jax.training.trained import Trained, parse_checkpoint, restore
 
 
 class Run:
@@ -31,8 +32,8 @@ class Run:
   >>> run.config.data.attribute, run.groups
   ('race', ('Asian', 'Black', 'White'))
 
-  What it has learned is read when it is first asked for, from its newest
-  checkpoint; images are uint8 [H, W], or RGB [H, W, 3] where the run's domain
+  What it has learned is read when it is first asked for, from a checkpoint;
+  images are uint8 [H, W], or RGB [H, W, 3] where the run's domain
   has three channels, and masks hold classes: 0 background, i + 1 what structure
   i of `domain` has painted last (`domain.label` makes label images of them).
 
@@ -40,6 +41,8 @@ class Run:
     workdir: the run's directory.
     config: what to do, such as of `fairdiff_jax.recipe`; None for that of the
       run which is there.
+    checkpoint: 'best', by the run's validations; 'last'; a step; None for the
+      best where there is one, else the last.
 
   Attributes:
     layout: what lies where in the directory.
@@ -47,17 +50,22 @@ class Run:
 
   Raises:
     FileNotFoundError: there is no run, and no config.
-    ValueError: the config cannot run.
+    ValueError: the config cannot run, or there can be no such checkpoint.
   """
 
   def __init__(
-    self, workdir: str | os.PathLike, config: ConfigDict | None = None
+    self,
+    workdir: str | os.PathLike,
+    config: ConfigDict | None = None,
+    *,
+    checkpoint: str | int | None = None,
   ):
     self.layout = Layout(workdir)
     if config is None:
       config = configs.load(workdir)
     configs.check(config)
     self.config = config
+    self._checkpoint = parse_checkpoint(checkpoint)
     self._predictors: dict[int, Predictor] = {}  # by batch size
 
   def __repr__(self) -> str:
@@ -65,19 +73,20 @@ class Run:
 
   @functools.cached_property
   def trained(self) -> Trained:
-    """The run at its newest checkpoint.
+    """The run at its checkpoint.
 
     >>> import fairdiff_jax
-    >>> fairdiff_jax.Run("runs/first").trained.step
+    >>> fairdiff_jax.Run("runs/first", checkpoint="last").trained.step
     8
 
     Raises:
       FileNotFoundError: it has none.
-      ValueError: it is of another config, or cannot be read.
+      ValueError: it is of another config, or cannot be read, or there is no
+        such checkpoint.
     """
     configs.load_record(self.layout.workdir)
     configs.require(self.layout.workdir, self.config)
-    return restore(self.layout.workdir)
+    return restore(self.layout.workdir, self._checkpoint)
 
   @property
   def domain(self) -> domains.Domain:
@@ -99,19 +108,22 @@ class Run:
     """
     return self.trained.setup.objective.group_names
 
-  def train(self, *, proceed: bool = False) -> bool:
+  def train(self, *, proceed: bool = False, wandb: str = "") -> bool:
     """Trains, with a baseline if the config asks for one, and reports.
 
     What was interrupted goes on from the newest checkpoint.
 
     >>> import fairdiff_jax
-    >>> config = fairdiff_jax.recipe("phantom:smoke")
+    >>> validated = {"data.validation": 0.2, "evaluation.every": 2}
+    >>> config = fairdiff_jax.recipe("phantom:smoke", validated)
     >>> fairdiff_jax.Run("runs/first", config).train()
     True
 
     Args:
       proceed: whether an existing run may go on with another config than it
         had, which is recorded.
+      wandb: project of Weights & Biases that its numbers are sent to as well,
+        but no picture; '' for none.
 
     Returns:
       Whether it is complete; False if it was asked to stop, by a signal.
@@ -119,9 +131,11 @@ class Run:
     Raises:
       ValueError: the config cannot run; the directory belongs to a run of
         another config or data; or another process writes to it.
+      ImportError: wandb is asked for and not installed.
     """
     self._forget()
-    return experiment.run(self.config, self.layout.workdir, proceed=proceed)
+    with sending(wandb):
+      return experiment.run(self.config, self.layout.workdir, proceed=proceed)
 
   def evaluate(
     self,

@@ -23,6 +23,11 @@ flags.DEFINE_bool(
   "Keep compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR, or"
   " else in the user's cache.",
 )
+CHECKPOINT = (  # a flag of all that use what a run has learned
+  *("checkpoint", None),
+  "best (on validation), last, or STEP; default best where there is one, else"
+  " last.",
+)
 HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull", "--helpshort")
 
 
@@ -97,13 +102,15 @@ def keep_compiled() -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def config() -> ConfigDict:
-  """The config that the command asks for.
+def config(*, optional: bool = False) -> ConfigDict | None:
+  """The config that the command asks for; None if it is optional and absent.
 
   Raises:
     ValueError: it asks for none, or for one that cannot run.
   """
   asked = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  if asked is None and optional:
+    return None
   if asked is None:
     raise ValueError(
       "give --config NAME or FILE, or as --workdir the directory of a run"

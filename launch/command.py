@@ -16,7 +16,7 @@ COMMANDS = {
   "predict": "segment a directory of images",
   "sample": "draw labelled synthetic patients from a run",
   "compare": "compare runs by method",
-  "study": "run the phantom study",
+  "study": "compare methods over seeds, on data or on phantoms",
   "export": "hand over weights, a program and a model card",
   "import-weights": "turn published weights into what image.weights names",
   "doctor": "say whether the devices at hand can be trusted",

@@ -1,4 +1,4 @@
-"""Evaluates a run from its newest checkpoint and writes its report.
+"""Evaluates a run, from its best checkpoint, and writes its report.
 
   fairdiff evaluate --workdir runs/quickstart
 
@@ -16,6 +16,7 @@ from fairdiff_jax.launch import cli
 from fairdiff_jax import config as configs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+CHECKPOINT = flags.DEFINE_string(*cli.CHECKPOINT)
 DATA = flags.DEFINE_string(
   "data", None, "Prepared directory of another site; default the run's own."
 )
@@ -33,7 +34,8 @@ def main(_):
   configs.require(WORKDIR.value, config)
   from fairdiff_jax.run import Run
 
-  run = Run(WORKDIR.value, config)
+  run = Run(WORKDIR.value, config, checkpoint=CHECKPOINT.value)
+  print(f"checkpoint: {run.trained}")
   run.evaluate(DATA.value, OUT.value)
   directory = OUT.value or run.report(DATA.value)
   print(f"report: {directory}/index.html")

@@ -12,6 +12,7 @@ from absl import flags
 from fairdiff_jax.launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+CHECKPOINT = flags.DEFINE_string(*cli.CHECKPOINT)
 TO = flags.DEFINE_string("to", None, "New directory.")
 flags.mark_flags_as_required(["workdir", "to"])
 
@@ -19,7 +20,9 @@ flags.mark_flags_as_required(["workdir", "to"])
 def main(_):
   from fairdiff_jax.run import Run
 
-  Run(WORKDIR.value).export(TO.value)
+  run = Run(WORKDIR.value, checkpoint=CHECKPOINT.value)
+  print(f"checkpoint: {run.trained}")
+  run.export(TO.value)
   print(f"written: {TO.value}/MODEL_CARD.md says what there is")
 
 

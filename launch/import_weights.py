@@ -10,7 +10,6 @@ command needs.
 import os
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from fairdiff_jax.launch import cli
 
@@ -44,6 +43,8 @@ flags.mark_flags_as_required(["source", "out"])
 
 def tokens(folder, prompts):
   """Token ids [P, 77] by the tokenizer in a folder."""
+  import numpy as np
+
   from fairdiff_jax import files
   from fairdiff_jax.objectives.latent_space import TOKENS
 
@@ -77,6 +78,8 @@ def tokens(folder, prompts):
 
 
 def main(_):
+  import numpy as np
+
   from fairdiff_jax import files
   from fairdiff_jax.pretrained import importing, stable_diffusion
 

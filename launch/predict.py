@@ -15,6 +15,7 @@ from absl import flags
 from fairdiff_jax.launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+CHECKPOINT = flags.DEFINE_string(*cli.CHECKPOINT)
 IMAGES = flags.DEFINE_string(
   "images", None, "Directory of images, in folders or not."
 )
@@ -31,7 +32,8 @@ flags.mark_flags_as_required(["workdir", "images", "out"])
 def main(_):
   from fairdiff_jax.run import Run
 
-  run = Run(WORKDIR.value)
+  run = Run(WORKDIR.value, checkpoint=CHECKPOINT.value)
+  print(f"checkpoint: {run.trained}")
   done = run.predict(IMAGES.value, OUT.value, batch_size=BATCH.value)
   for path, reason in done.unreadable:
     print(f"not read: {path}: {reason}", file=sys.stderr)

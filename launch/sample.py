@@ -1,4 +1,4 @@
-"""Draws labelled synthetic patients from a run's newest checkpoint.
+"""Draws labelled synthetic patients from a run's best checkpoint.
 
   fairdiff sample --workdir runs/quickstart \\
     --counts Asian=64,Black=64 --out synthetic
@@ -12,6 +12,7 @@ from absl import flags
 from fairdiff_jax.launch import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+CHECKPOINT = flags.DEFINE_string(*cli.CHECKPOINT)
 COUNTS = flags.DEFINE_list(
   "counts", None, "Cases of each group, such as Asian=64,Black=64."
 )
@@ -26,7 +27,9 @@ def main(_):
   from fairdiff_jax.synthesis.export import export
   from fairdiff_jax.training.trained import restore
 
-  export(restore(WORKDIR.value), OUT.value, COUNTS.value, seed=SEED.value)
+  trained = restore(WORKDIR.value, CHECKPOINT.value)
+  print(f"checkpoint: {trained}")
+  export(trained, OUT.value, COUNTS.value, seed=SEED.value)
   print(f"contact sheet: {OUT.value}/contact_sheet.png")
 
 

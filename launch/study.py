@@ -1,6 +1,15 @@
-"""Runs the phantom study: methods x seeds, one table; the same command resumes.
+"""Compares methods over seeds, on one page; the same command resumes.
 
-fairdiff study --workdir runs/study
+  fairdiff study --config own:small --workdir study \\
+    --config.data.source=cases.csv --config.data.attribute=sex \\
+    --methods repeat_sample,group_dro,joint --seeds 3
+
+Methods are `joint`, the config as it is; `repeat_sample`, what one would do
+without generators; and every fairness.method, on the segmenter alone. Their
+settings are the config's. Without a config it is the study on phantoms, with
+settings chosen on others, which takes hours:
+
+  fairdiff study --workdir runs/study
 """
 
 from absl import flags
@@ -10,32 +19,51 @@ WORKDIR = flags.DEFINE_string(
   "workdir", "runs/study", "Directory of the study."
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
+METHODS = flags.DEFINE_list(
+  "methods",
+  None,
+  "With a config; default erm,repeat_sample,group_dro,febs,joint.",
+)
 
 
 def main(_):
-  from fairdiff_jax.configs import phantom, phantom_study
+  config = cli.config(optional=True)
+  if config is None and METHODS.value:
+    raise ValueError("--methods is for a study of a config: give --config too")
 
   from fairdiff_jax import study
 
   try:
-    page = study.run(
-      phantom.get_config(),
-      WORKDIR.value,
-      methods=phantom_study.METHODS,
-      choices=phantom_study.CHOICES,
-      shared=phantom_study.SHARED,
-      seeds=SEEDS.value,
-      reference=phantom_study.REFERENCE,
-      ceiling=phantom_study.CEILING,
-    )
+    if config is None:
+      page = _phantoms(study)
+    else:
+      methods = METHODS.value or study.SWEPT
+      page = study.sweep(
+        config, WORKDIR.value, methods=methods, seeds=SEEDS.value
+      )
   except study.Stopped as stopped:
     print(stopped)
   else:
     print(f"comparison: {page}")
 
 
+def _phantoms(study):
+  from fairdiff_jax.configs import phantom, phantom_study
+
+  return study.run(
+    phantom.get_config(),
+    WORKDIR.value,
+    methods=phantom_study.METHODS,
+    choices=phantom_study.CHOICES,
+    shared=phantom_study.SHARED,
+    seeds=SEEDS.value,
+    reference=phantom_study.REFERENCE,
+    ceiling=phantom_study.CEILING,
+  )
+
+
 def start():
-  cli.run(main)
+  cli.run(main, takes_config=True)
 
 
 if __name__ == "__main__":

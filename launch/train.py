@@ -18,6 +18,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 CONTINUE = flags.DEFINE_bool(
   "continue", False, "Go on with another config than the run had so far."
 )
+WANDB = flags.DEFINE_string(
+  "wandb", "", "Project of Weights & Biases to send the numbers to as well."
+)
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of many processes; on a cluster, found by itself."
 )
@@ -46,7 +49,9 @@ def main(_):
       *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
       timeout=SILENCE.value,
     )
-  complete = Run(WORKDIR.value, config).train(proceed=CONTINUE.value)
+  complete = Run(WORKDIR.value, config).train(
+    proceed=CONTINUE.value, wandb=WANDB.value
+  )
   if complete and jax.process_index() == 0:
     print(f"report: {WORKDIR.value}/report/index.html")
 

@@ -42,6 +42,20 @@ def test_an_image_warped_onto_its_own_mask_stays(anatomy):
     assert np.abs(difference).mean() < 0.5
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64)])
+def test_no_place_is_shown_twice(shape):
+  """Rows and columns stay in order up to the border: nothing is mirrored."""
+  rows = np.round(np.linspace(0, 255, shape[0])).astype(np.uint8)
+  columns = np.round(np.linspace(0, 255, shape[1])).astype(np.uint8)
+  for seed in range(12):
+    rng = np.random.default_rng(seed)
+    mask, target = (phantom.draw_mask(rng, g, shape) for g in (1, seed % 3))
+    for axis, level in ((0, rows[:, None]), (1, columns)):
+      image = np.ascontiguousarray(np.broadcast_to(level, shape))
+      step = np.diff(warp(image, mask, target).astype(int), axis=axis)
+      assert (step < 0).mean() < 0.02  # cubic lookup ripples
+
+
 def test_structures_side_by_side_and_rings():
   """Any classes: two discs apart, one in a ring."""
   rows, columns = np.indices((64, 64))

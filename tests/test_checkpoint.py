@@ -81,7 +81,7 @@ def test_round_trip(tmp_path, abstract):
 def test_inference_alone_reads_nothing_else(tmp_path, abstract):
   save(tmp_path, 3)
   shutil.rmtree(tmp_path / "checkpoints" / "3" / "training")
-  step, inference = checkpoint.restore_inference(tmp_path, None, abstract)
+  step, inference, *_ = checkpoint.restore_inference(tmp_path, None, abstract)
   assert step == 3
   assert fingerprint(inference) == fingerprint(
     checkpoint.Inference.of(make_state(3))

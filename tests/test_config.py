@@ -21,7 +21,7 @@ def smoke(**changes):
 
 
 def test_defaults_are_allowed():
-  for name, field in configs._BY_NAME.items():
+  for name, field in configs.all_fields().items():
     assert field.holds(field.default), name
     assert field.doc and field.allowed, name
   configs.check(configs.defaults(), 8)
@@ -245,7 +245,7 @@ def test_a_lost_config_is_known_from_the_checkpoint(tmp_path):
 
 
 def test_jax_tells_seeds_apart_that_the_config_allows():
-  highest = configs._BY_NAME["seed"]
+  highest = configs.all_fields()["seed"]
   assert highest.holds(2**32 - 1)
   keys = [jax.random.key_data(jax.random.key(s)) for s in (0, 2**32 - 1)]
   assert (keys[0] != keys[1]).any()

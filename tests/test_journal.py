@@ -3,8 +3,13 @@
 import io
 import json
 import sys
+import types
 
-from fairdiff_jax.training.journal import Journal
+import numpy as np
+import pytest
+from PIL import Image
+
+from fairdiff_jax.training.journal import Journal, sending
 
 
 def lines(workdir):
@@ -61,6 +66,69 @@ def test_events_are_written(tmp_path):
   (events,) = tmp_path.glob("events.*")
   content = events.read_bytes()
   assert b"loss/total" in content and b"params_sha256" not in content
+
+
+def test_pictures_of_banks_are_shown_once(tmp_path):
+  """Those filled from where the journal starts on, if they have one."""
+  journal = None
+  for step in (2, 4, 6):
+    bank = tmp_path / "bank" / f"step_{step:08d}"
+    bank.mkdir(parents=True)
+    if step < 6:
+      pixels = np.full((5, 7, 3), step, np.uint8)
+      Image.fromarray(pixels).save(bank / "sheet.png")
+    if journal is None:
+      journal = Journal(tmp_path, start=3, stop=8)
+    journal.log(step + 1, {"loss/total": 0.5})
+    journal.log(step + 2, {"loss/total": 0.5})
+  journal.close()
+  (events,) = tmp_path.glob("events.*")
+  assert events.read_bytes().count(b"\x89PNG") == 1
+
+
+@pytest.fixture
+def sent(monkeypatch):
+  """What a stand-in for Weights & Biases was asked for."""
+  calls = []
+
+  def init(**run):
+    calls.append(run)
+    return types.SimpleNamespace(
+      log=lambda numbers, step: calls.append((step, numbers)),
+      finish=lambda: calls.append("finish"),
+    )
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+  return calls
+
+
+def test_numbers_alone_are_sent_where_it_is_asked_for(tmp_path, sent):
+  bank = tmp_path / "bank" / "step_00000000"
+  bank.mkdir(parents=True)
+  Image.fromarray(np.zeros((5, 7, 3), np.uint8)).save(bank / "sheet.png")
+  for start in (0, 2, 0):
+    with sending("fair"):
+      journal = Journal(tmp_path, start=start, stop=8, name="baseline")
+    journal.log(start + 1, {"risk/Asian": float("nan"), "x": 0.5, "text": "t"})
+    journal.close()
+  first, again, anew = sent[::3]
+  assert first["project"] == "fair" and first["resume"] == "allow"
+  assert first["name"] == f"{tmp_path.name}, baseline"
+  assert first["id"] == again["id"] != anew["id"]  # it went on, it began again
+  assert sent[1:3] == [(1, {"x": 0.5}), "finish"]
+  Journal(tmp_path, start=0, stop=8).close()
+  with sending(""):
+    Journal(tmp_path, start=0, stop=8).close()
+  with sending("fair"):
+    Journal(tmp_path, start=0, stop=8, enabled=False).close()
+  assert len(sent) == 9
+
+
+def test_a_missing_package_is_said_before_anything_runs(monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ImportError, match=r"pip install 'fairdiff_jax\[wandb\]'"):
+    with sending("fair"):
+      pytest.fail("it began")
 
 
 def test_one_bar_that_does_not_flood_a_file(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from fairdiff_jax.objectives.pixel_space import (
 )
 from fairdiff_jax.objectives.segmentation import cross_entropy, dice_terms
 from fairdiff_jax.objectives.task import Variables
-from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.optimizer import learning_rate, make_optimizer
 from fairdiff_jax.training.step import init_state, train_step
 
 NETWORKS = ("points", "image", "segmenter")
@@ -584,6 +584,28 @@ def test_agreement_teaches_only_the_image_generator(state):
     grads[5.0]["image"],
   )
   assert max(jax.tree.leaves(change)) > 1e-4
+
+
+@pytest.mark.parametrize("decay", ["cosine", "poly", "constant"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_learning_rate_told_is_the_one_used(decay, accumulate):
+  """SGD's step, by its momentum, which is summed up here."""
+  config = get_config("smoke").optimizer.copy_and_resolve_references().unlock()
+  config.points.kind, config.points.decay = "sgd", decay
+  config.points.warmup_steps, config.points.accumulate = 2, accumulate
+  config.points.weight_decay = config.points.clip_norm = 0.0
+  optimizer = make_optimizer(config, {"points": 12})
+  rate = learning_rate(config.points, 12)
+  params = {"points": jnp.zeros(())}
+  state, momentum = optimizer.init(params), 0.0
+  for done in range(12):
+    updates, state = optimizer.update({"points": jnp.ones(())}, state, params)
+    if (done + 1) % accumulate:
+      assert updates["points"] == 0
+      continue
+    momentum = 1 + 0.9 * momentum
+    expected = -rate(jnp.int32(done)) * momentum
+    np.testing.assert_allclose(updates["points"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("active", [("segmenter",), ("points",)])

@@ -9,6 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.phantom import get_config
+from fairdiff_jax.data.attributes import ATTRIBUTES
+from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.evaluation.validation import make_validate
 from fairdiff_jax.fairness.regularizers import Regularizer, make_regularizer
 from fairdiff_jax.objectives.joint import NETWORKS, init_fairness
 from fairdiff_jax.synthesis.generate import make_generator
@@ -22,6 +25,7 @@ from fairdiff_jax.training.mesh import (
 )
 from fairdiff_jax.training.setup import make_step, setup
 from fairdiff_jax.training.step import compile_step
+from fairdiff_jax.training.validation import SCORE
 
 METHODS = ("erm", "variance", "worst", "mmd", "group_dro", "febs")
 STEPS, BATCH, SIZE, GROUPS = 5, 16, 16, 3
@@ -374,6 +378,27 @@ def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
     assert len(found) == 19
     np.testing.assert_array_equal(found[:8], first)
   assert len(one([], []).image) == 0
+
+
+def test_validation_does_not_depend_on_devices(runs, steps, initial):
+  """Of a state as a step leaves it, on 11 cases in batches of 8."""
+  rng = np.random.default_rng(0)
+  number = 11
+  cases = Cases(
+    [f"case {i}" for i in range(number)],
+    rng.integers(0, 256, (number, SIZE, SIZE), np.uint8),
+    rng.integers(0, 3, (number, SIZE, SIZE), np.uint8),
+    np.zeros((number, 12, 3), np.float32),
+    {name: np.arange(number) % 4 - 1 for name in ATTRIBUTES},
+  )
+  found = {}
+  for layout, run in runs.items():
+    state = on(run, choose(initial, "erm"))
+    state, _ = steps[layout](state, make_batch(0))
+    found[layout] = make_validate(run, cases)(state)
+  expected = found["one"]
+  assert 0 < expected[SCORE] < 1
+  assert found["jit"] == found["pmap"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_pmap_is_for_one_process(monkeypatch):

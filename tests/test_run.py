@@ -2,11 +2,12 @@
 
 import doctest
 import inspect
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -19,12 +20,11 @@ from jax import export
 
 import fairdiff_jax
 from fairdiff_jax import config as configs
-from fairdiff_jax import fairness, handover
+from fairdiff_jax import fairness, files, handover
 from fairdiff_jax.data import prepare, storage
 from fairdiff_jax.data.examine import resize
 from fairdiff_jax.evaluation import evaluate, report
 from fairdiff_jax.evaluation.predictor import Predictor
-from fairdiff_jax.files import read_csv
 from fairdiff_jax.layout import Layout
 from fairdiff_jax.objectives import latent_space
 from fairdiff_jax.objectives.segmentation import segmentation_task
@@ -33,6 +33,9 @@ from fairdiff_jax.run import Run
 from fairdiff_jax.training.checkpoint import Inference
 from fairdiff_jax.training.setup import setup
 from fairdiff_jax.training.trained import Trained
+from fairdiff_jax.training.validation import SCORE
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def examples(thing):
@@ -98,17 +101,68 @@ def test_every_public_name_has_an_example_that_runs(place, thing):
   examples(thing)
 
 
-def test_importing_takes_no_time():
-  """The package and its help, without what is slow to import."""
-  code = (
-    "import sys, fairdiff_jax; dir(fairdiff_jax)\n"
-    "assert not {'jax', 'scipy', 'cv2', 'ml_collections'} & {*sys.modules}"
-  )
-  start = time.monotonic()
+def readme():
+  (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+  return [code]
+
+
+def tour():
+  cells = json.loads((README.parent / "docs" / "tour.ipynb").read_text())[
+    "cells"
+  ]
+  return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("cells", [readme, tour], ids=["readme", "tour"])
+def test_what_the_documentation_runs_runs(place, cells, monkeypatch):
+  """On the run that is there, which the same lines have trained."""
+
+  def train(self):
+    configs.require(self.layout.workdir, self.config)
+    return True
+
+  monkeypatch.setattr(Run, "train", train)
+  monkeypatch.setenv("MPLBACKEND", "agg")
+  names = {}
+  for cell in cells():
+    exec(cell, names)
+  names["run"].trained  # noqa: B018
+  if "figures" in names and cells is tour:
+    assert names["figures"]["n"] <= len(names["test"].name)
+    assert {*names["intervals"]["few"]} == {*names["run"].groups}
+
+
+@pytest.mark.parametrize(
+  ("start", "heavy"),
+  [
+    ("import fairdiff_jax; dir(fairdiff_jax)", "jax scipy cv2 ml_collections"),
+    ("fairdiff_jax.Run", "matplotlib scipy.stats tensorboardX"),
+  ],
+)
+def test_what_is_slow_to_import_waits_until_it_is_needed(start, heavy):
+  code = f"""import sys, fairdiff_jax
+{start}
+assert not {{*{heavy.split()}}} & {{*sys.modules}}"""
   subprocess.run([sys.executable, "-c", code], check=True)
-  assert time.monotonic() - start < 1
+
+
+def test_a_name_that_is_not_there_is_named():
   with pytest.raises(AttributeError, match="has no attribute 'Rum'"):
     fairdiff_jax.Rum  # noqa: B018
+
+
+def test_rates_and_pictures_are_logged(run):
+  """Every network's learning rate, and each bank's picture."""
+  lines = run.layout.log.read_text().splitlines()
+  logged = [json.loads(line) for line in lines]
+  told = {name for line in logged for name in line if "_rate/" in name}
+  assert told == {
+    f"learning_rate/{n}" for n in ("points", "image", "segmenter")
+  }
+  sheets = [*run.layout.banks.glob("step_*/sheet.png")]
+  assert sheets == [bank / "sheet.png" for bank in run.layout.filled_banks]
+  (events,) = run.layout.workdir.glob("events.*")
+  assert events.read_bytes().count(b"\x89PNG") >= len(sheets) > 0
 
 
 def test_segment_is_what_the_report_is_about(run, test_cases, monkeypatch):
@@ -126,6 +180,76 @@ def test_segment_is_what_the_report_is_about(run, test_cases, monkeypatch):
   np.testing.assert_array_equal(run.segment([*colour[::-1]]), expected[::-1])
   (alone,) = run.segment([images[3]])
   np.testing.assert_array_equal(alone, expected[3])
+
+
+def test_a_run_is_chosen_by_its_validation_cases(run):
+  """What the log says is what masks of the run say, and the best is taken."""
+  lines = files.read_json_lines(run.layout.log)
+  history = [(x["step"], x[SCORE]) for x in lines if SCORE in x]
+  assert [step for step, _ in history] == [4, 6, 8]
+  assert [*run.trained.history] == history
+  step, score = max(history, key=lambda of: (of[1], -of[0]))
+  summary = report.read(run.layout.workdir)
+  used, baseline = summary["checkpoints"].values()
+  assert used == {
+    **{"chosen": "best", "step": step, "score": score, "validations": 3},
+    **{"last_step": 8, "stopped_early": False},
+  }
+  assert baseline["chosen"] == "best" and baseline["validations"] == 3
+  told = summary["facts"]["checkpoint of FairDiff, joint"]
+  assert told.startswith(f"best of 3 validations, step {step}, validation ES")
+  page = (run.layout.report / "index.html").read_text()
+  assert told in page and "Validation ES-Dice" in page
+  cases = storage.load(run.layout.data, "validation", progress=False)
+  of = cases.attributes["race"]
+  for wanted in {"best", "last"}:
+    chosen = fairdiff_jax.Run(run.layout.workdir, checkpoint=wanted)
+    found = chosen.segment(cases.image)
+    (line,) = [
+      x for x in lines if x["step"] == chosen.trained.step and SCORE in x
+    ]
+    scaled = []
+    for structure, values in (("cup", (2,)), ("rim", (1,)), ("disc", (1, 2))):
+      a, b = (np.isin(masks, values) for masks in (cases.mask, found))
+      areas = (a.sum((1, 2)) + b.sum((1, 2))).astype(float)
+      dice = 2 * (a & b).sum((1, 2)) / np.where(areas, areas, np.nan)
+      means = [np.nanmean(dice[of == g]) for g in range(3)]
+      for name, mean in zip(run.groups, means, strict=True):
+        told = line[f"validation/dice/{structure}/{name}"]
+        assert told == pytest.approx(mean, abs=1e-12)
+      scaled.append(np.nanmean(dice) / (1 + np.std(means, ddof=1)))
+      told = line[f"validation/es_dice/{structure}"]
+      assert told == pytest.approx(scaled[-1], abs=1e-12)
+    assert line[SCORE] == pytest.approx(np.mean(scaled[:2]), abs=1e-12)
+    assert chosen.trained.score == line[SCORE]
+  with pytest.raises(ValueError, match="no checkpoint of step 5; there are"):
+    _ = fairdiff_jax.Run(run.layout.workdir, checkpoint=5).trained
+  with pytest.raises(ValueError, match="--checkpoint first is no checkpoint"):
+    fairdiff_jax.Run(run.layout.workdir, checkpoint="first")
+
+
+def test_no_patient_is_in_two_splits_of_a_run(run):
+  """By name, and by what is seen of them."""
+  splits = {
+    split: storage.load(run.layout.data, split, progress=False)
+    for split in ("train", "validation", "test")
+  }
+  seen = {}
+  for split, cases in splits.items():
+    names = {*(cases.patient or cases.name)}
+    seen[split] = names | {image.tobytes() for image in cases.image}
+    groups = np.unique(cases.attributes["race"])
+    assert groups.tolist() == [0, 1, 2], split
+  assert len(splits["train"].name) + len(splits["validation"].name) == 24
+  for one, other in itertools.combinations(seen.values(), 2):
+    assert one.isdisjoint(other)
+
+
+def test_validation_needs_validation_cases(tmp_path):
+  config = fairdiff_jax.recipe("phantom:smoke", {"evaluation.every": 2})
+  with pytest.raises(ValueError, match=r"has none; .*data\.validation=.2"):
+    fairdiff_jax.Run(tmp_path / "run", config).train()
+  assert not Layout(tmp_path / "run").config.exists()
 
 
 def test_images_of_any_size_have_masks_of_theirs(run, test_cases):
@@ -203,7 +327,7 @@ def test_predictions_are_files(run, place, tmp_path):
     assert set(np.unique(mask)) <= {0, 1, 2}
     overlay = cv2.imread(str(tmp_path / "overlays" / name))
     assert overlay.shape == (*shapes[name], 3)
-  columns, rows = read_csv(tmp_path / "areas.csv")
+  columns, rows = files.read_csv(tmp_path / "areas.csv")
   assert columns == [
     *("image", "mask", "height", "width"),
     *("cup_pixels", "rim_pixels", "disc_pixels", "cup_to_disc"),
@@ -212,7 +336,7 @@ def test_predictions_are_files(run, place, tmp_path):
   mask = cv2.imread(str(tmp_path / "masks" / first["mask"]), -1)
   assert int(first["cup_pixels"]) == (mask == 2).sum()
   assert int(first["disc_pixels"]) == (mask > 0).sum()
-  (unread,) = read_csv(tmp_path / "unreadable.csv")[1]
+  (unread,) = files.read_csv(tmp_path / "unreadable.csv")[1]
   assert unread["image"] == "notes.txt"
   assert "cannot be read as an image" in unread["reason"]
   sheet = cv2.imread(str(tmp_path / "contact_sheet.png"))

@@ -56,8 +56,9 @@ def test_cases_are_left_out_on_purpose(source, tmp_path):
     "validation": ["data_00002"],
     "test": ["data_00003"],
   }
-  with pytest.raises(ValueError, match="has some of its own; set it to 0"):
-    prepare.build(source, tmp_path / "other", validation=0.2, **BUILD)
+  report = prepare.build(source, tmp_path / "b", validation=0.2, **BUILD)
+  assert report.notes[-1].endswith("data.validation=0.2 holds no others out.")
+  assert names(tmp_path / "b", parts) == names(tmp_path / "data", parts)
 
 
 def test_values_that_cannot_be_read_are_noted(source, tmp_path):

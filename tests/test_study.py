@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import tables
 
 from configs import phantom, phantom_study
 from fairdiff_jax import config as configs
-from fairdiff_jax import experiment, study
+from fairdiff_jax import experiment, recipe, study
 from fairdiff_jax.training.schedule import active_networks
 
 METHODS = {
@@ -123,6 +124,55 @@ def test_a_run_of_another_config_is_not_taken_for_the_study_s(
   configs.claim(tmp_path / "erm_1", phantom.get_config("smoke"))
   with pytest.raises(ValueError, match="erm_1 holds a run of another config"):
     call(tmp_path)
+
+
+def swept(tmp_path, **changes):
+  source = tables.lungs(tmp_path / "source", 6)
+  return recipe("own:smoke", {"data.source": str(source), **changes})
+
+
+def test_a_sweep_of_own_data_prepares_it_once(tmp_path, monkeypatch, compared):
+  done = {}
+
+  def run(config, workdir, *, proceed):
+    done[workdir.name] = config
+    assert not proceed and not config.baseline
+    (workdir / "report").mkdir(parents=True)
+    figures = {"left lung": {"dice": {"es": None}}}  # of structures like theirs
+    (workdir / "report" / "summary.json").write_text(
+      json.dumps({"definitions": {}, "models": {"model": figures}})
+    )
+    return True
+
+  monkeypatch.setattr(experiment, "run", run)
+  out = tmp_path / "study"
+  methods = ("joint", "repeat_sample", "group_dro")
+  config = swept(tmp_path)
+  for _ in range(2):  # the second finds everything there
+    study.sweep(config, out, methods=methods, seeds=2)
+    assert len(done) == 6
+  assert compared[0] == (
+    {name: [out / f"{name}_{seed}" for seed in (0, 1)] for name in methods},
+    "repeat_sample",
+    None,
+  )
+  for seed in (0, 1):
+    joint, repeated, dro = (done[f"{name}_{seed}"] for name in methods)
+    assert {c.seed for c in (joint, repeated, dro)} == {seed}
+    assert {c.data.directory for c in done.values()} == {str(out / "data")}
+    assert joint.fairness == config.fairness and joint.train == config.train
+    alone = experiment.baseline_config(config)
+    assert repeated.train == dro.train == alone.train
+    assert repeated.fairness == alone.fairness
+    assert (dro.fairness.method, dro.fairness.strategy) == ("group_dro", "none")
+
+
+def test_a_sweep_is_checked_before_anything_is_done(tmp_path):
+  with pytest.raises(
+    ValueError, match="no method 'dro'; give 'joint', 'repeat"
+  ):
+    study.sweep(swept(tmp_path), tmp_path / "out", methods=("erm", "dro"))
+  assert not (tmp_path / "out").exists()
 
 
 def test_a_setting_without_a_score_is_not_chosen(tmp_path, monkeypatch):

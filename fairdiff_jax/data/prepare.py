@@ -423,7 +423,13 @@ def _collect(
         left_out[result] += 1
       else:
         used[name] = _spooled(spool, result) if spool else result
-  if share := settings.get("validation"):
+  notes, share = [], settings.get("validation")
+  if share and any(found.part == "validation" for found in used.values()):
+    notes.append(
+      f"{source.name} has validation cases of its own: data.validation={share}"
+      " holds no others out."
+    )
+  elif share:
     used = _held_out(used, share, attribute, source)
   held = {f.part for f in used.values()}
   by_part = {
@@ -432,6 +438,7 @@ def _collect(
     if part in held or part != "validation"
   }
   report = report_on(used, by_part, set_aside, left_out, settings, source)
+  report.notes.extend(notes)
   return by_part, report
 
 
@@ -439,11 +446,6 @@ def _held_out(
   used: Mapping[str, Found], share: float, attribute: str, source: Source
 ) -> dict[str, Found]:
   """Makes some of the training cases validation cases."""
-  if any(found.part == "validation" for found in used.values()):
-    raise ValueError(
-      f"data.validation={share} asks for validation cases out of the training"
-      f" cases, but {source.name} has some of its own; set it to 0"
-    )
   names = [name for name, found in used.items() if found.part == "train"]
   cases = [used[name].case for name in names]
   words = source.vocabulary

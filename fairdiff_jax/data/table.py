@@ -15,9 +15,10 @@ is no common scale: from the 0.5th to the 99.5th percentile of an image its
 values become 0 to 255.
 """
 
+import functools
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,6 @@ SPLITS = {
   "test": "test",
 }
 ENDS = (0.5, 99.5)  # percentiles that become black and white
-DICOM = (".dcm", ".dicom")
 
 
 class Row(NamedTuple):
@@ -243,10 +243,8 @@ def _pixels(path: Path, *, label: bool) -> np.ndarray:
   """A file's pixels [H, W] or [H, W, C], colours in the order RGB."""
   suffix = path.suffix.lower()
   try:
-    if suffix == ".npy":
-      return np.load(path, allow_pickle=False)
-    if suffix in DICOM:
-      return _dicom(path)
+    if suffix in _READERS:
+      return _READERS[suffix](path)
     with Image.open(path) as image:
       if getattr(image, "n_frames", 1) > 1:
         raise ValueError(f"it has {image.n_frames} pages; keep one")
@@ -289,6 +287,15 @@ def _dicom(path: Path) -> np.ndarray:
   if data.get("PhotometricInterpretation") == "MONOCHROME1":  # white is 0
     pixels = pixels.max() - pixels
   return pixels
+
+
+# What reads files that Pillow does not, by ending: path -> pixels [H, W] or
+# [H, W, C].
+_READERS: dict[str, Callable[[Path], np.ndarray]] = {
+  ".npy": functools.partial(np.load, allow_pickle=False),
+  ".dcm": _dicom,
+  ".dicom": _dicom,
+}
 
 
 def _words(cells: list[str]) -> tuple[str, ...]:

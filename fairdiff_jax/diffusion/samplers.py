@@ -18,6 +18,7 @@ where D = x_0(t) in its first and last step.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,10 @@ def sampling_times(
 
 def check_solver(name: str) -> None:
   """Raises ValueError unless `sample` knows a solver of this name."""
-  if name not in ("ddim", "dpm++2m"):
-    raise ValueError(f"unknown solver {name!r}; use 'ddim' or 'dpm++2m'")
+  if name not in SOLVERS:
+    raise ValueError(
+      f"unknown solver {name!r}; use {' or '.join(map(repr, SOLVERS))}"
+    )
 
 
 def started(times: np.ndarray, strength: float) -> np.ndarray:
@@ -136,26 +139,8 @@ def sample(
     if len(times) == 1:
       return x_0
     x_t = add_noise(schedule, x_0, jnp.full(batch, times[0]), noise)
-  abar = jnp.asarray(schedule.alpha_bar)
-
-  def ddim(x_t, x_0, eps, t, s):
-    abar_t, abar_s = abar[t], abar[s]
-    sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
-    z = example_normal(
-      jax.vmap(jax.random.fold_in, (0, None))(keys, t), x_t.shape[1:]
-    )
-    direction = jnp.sqrt(jnp.maximum(1 - abar_s - sigma**2, 0))
-    return jnp.sqrt(abar_s) * x_0 + direction * eps + sigma * z
-
-  half_log_snr = _half_log_snr(schedule)
-
-  def dpm(x_t, x_0, before, r, t, s):
-    rise = half_log_snr[s] - half_log_snr[t]
-    slope = rise / (half_log_snr[t] - half_log_snr[r]) / 2
-    middle = (r > t) & (s != times[-1])  # neither the first step nor the last
-    mixed = x_0 + jnp.where(middle, slope, 0) * (x_0 - before)
-    ratio = jnp.sqrt((1 - abar[s]) / (1 - abar[t]))
-    return ratio * x_t - jnp.sqrt(abar[s]) * jnp.expm1(-rise) * mixed
+  check_solver(solver)
+  solve = SOLVERS[solver](schedule, times, keys, eta)
 
   def step(carry, now_and_next):
     x_t, before, r = carry
@@ -163,14 +148,69 @@ def sample(
     everyone = jnp.full(batch, t)
     output = denoise(x_t, everyone)
     x_0, eps = to_x0_and_eps(schedule, prediction, output, x_t, everyone)
-    if solver == "ddim":
-      return (ddim(x_t, x_0, eps, t, s), before, t), None
-    return (dpm(x_t, x_0, before, r, t, s), x_0, t), None
+    return (solve(Seen(x_t, x_0, eps, before), r, t, s), x_0, t), None
 
-  check_solver(solver)
   start = (x_t, jnp.zeros_like(x_t), jnp.asarray(times[0]))
   (x_0, _, _), _ = jax.lax.scan(step, start, (times[:-1], times[1:]))
   return x_0
+
+
+class Seen(NamedTuple):
+  """What a step knows of the data, each [B, ...].
+
+  Attributes:
+    x_t: the noisy data.
+    x_0: the data as the network sees them now.
+    eps: the noise, likewise.
+    before: the data as the network saw them a step before; zeros at first.
+  """
+
+  x_t: jax.Array
+  x_0: jax.Array
+  eps: jax.Array
+  before: jax.Array
+
+
+def _ddim(schedule, times, keys, eta):
+  del times
+  abar = jnp.asarray(schedule.alpha_bar)
+
+  def solve(seen, r, t, s):
+    del r
+    abar_t, abar_s = abar[t], abar[s]
+    sigma = eta * jnp.sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
+    z = example_normal(
+      jax.vmap(jax.random.fold_in, (0, None))(keys, t), seen.x_t.shape[1:]
+    )
+    direction = jnp.sqrt(jnp.maximum(1 - abar_s - sigma**2, 0))
+    return jnp.sqrt(abar_s) * seen.x_0 + direction * seen.eps + sigma * z
+
+  return solve
+
+
+def _dpm(schedule, times, keys, eta):
+  del keys, eta
+  abar = jnp.asarray(schedule.alpha_bar)
+  half_log_snr = _half_log_snr(schedule)
+
+  def solve(seen, r, t, s):
+    x_t, x_0, _, before = seen
+    rise = half_log_snr[s] - half_log_snr[t]
+    slope = rise / (half_log_snr[t] - half_log_snr[r]) / 2
+    middle = (r > t) & (s != times[-1])  # neither the first step nor the last
+    mixed = x_0 + jnp.where(middle, slope, 0) * (x_0 - before)
+    ratio = jnp.sqrt((1 - abar[s]) / (1 - abar[t]))
+    return ratio * x_t - jnp.sqrt(abar[s]) * jnp.expm1(-rise) * mixed
+
+  return solve
+
+
+# Solvers by name: (schedule, times, keys [B], eta) -> (what is seen, the times
+# before, now and next) -> x at the next time.
+SOLVERS: dict[str, Callable[..., Callable[..., jax.Array]]] = {
+  "ddim": _ddim,
+  "dpm++2m": _dpm,
+}
 
 
 def _half_log_snr(schedule: Schedule) -> jax.Array:

@@ -36,6 +36,7 @@ from fairdiff_jax.evaluation.comparison import LEVEL, Rows
 from fairdiff_jax.evaluation.results import TABLE
 from fairdiff_jax.fairness import metrics, uncertainty
 from fairdiff_jax.layout import Layout
+from fairdiff_jax.training.validation import LAST
 
 SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
 KEYS = ("method", "class", "measure", "figure", "group")
@@ -213,6 +214,25 @@ def _definitions(summaries: Mapping[Path, Mapping]) -> metrics.Definitions:
         " (fairdiff evaluate)"
       )
   return expected
+
+
+def _check_chosen(summaries: Mapping[Path, Mapping]) -> None:
+  """Raises ValueError unless all are of checkpoints chosen in the same way.
+
+  The best of several on validation beside the last of another run: the one has
+  a head start.
+  """
+  (first, expected), *others = (
+    (run, next((c["chosen"] for c in of.get("checkpoints", {}).values()), LAST))
+    for run, of in summaries.items()
+  )
+  for run, chosen in others:
+    if chosen != expected:
+      raise ValueError(
+        f"{first} was evaluated at its {expected} checkpoint, {run} at its"
+        f" {chosen} one; evaluate both alike (fairdiff evaluate --checkpoint"
+        " last)"
+      )
 
 
 def _check_tested(
@@ -435,6 +455,7 @@ def compare_runs(
   }
   tables_of = {r: c for runs in cases.values() for r, c in runs.items()}
   _check_paired(tables_of)
+  _check_chosen(summaries)
   _check_tested(summaries, tables_of)
   rows = _rows(
     {name: list(runs.values()) for name, runs in cases.items()},

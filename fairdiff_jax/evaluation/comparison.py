@@ -4,10 +4,8 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.evaluation import page, segmentation
@@ -177,9 +175,8 @@ def chart(rows: Rows, cls: str, groups: Mapping[str, int]) -> Markup:
   """ES-Dice of every method with its interval, and its groups as dots."""
   methods = _dice(rows, cls)
   alt = [f"ES-Dice of the {cls} and Dice of its groups."]
-  with matplotlib.rc_context(page.STYLE):
-    height = 1.2 + 0.45 * len(methods) + 0.2 * math.ceil(len(groups) / 3)
-    figure = Figure(figsize=(4.2, height), layout="constrained")
+  height = 1.2 + 0.45 * len(methods) + 0.2 * math.ceil(len(groups) / 3)
+  with page.drawing(height) as figure:
     axes = figure.subplots()
     y = np.arange(len(methods))
     es = [of["es", ""] for of in methods.values()]

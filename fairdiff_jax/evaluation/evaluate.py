@@ -27,7 +27,7 @@ from fairdiff_jax.synthesis.generate import Generated, make_generator
 from fairdiff_jax.training.banks import read_bank
 from fairdiff_jax.training.pools import case_groups, makers
 from fairdiff_jax.training.schedule import bank_step, learning_steps
-from fairdiff_jax.training.trained import Trained, restore
+from fairdiff_jax.training.trained import Trained, told
 
 BASELINE = "Baseline (Repeat Sample)"
 REPORT = 2  # tells the noise of a report's cases from that of banks
@@ -186,7 +186,9 @@ def evaluate(
     counts[name]["real"] = int((train_group == g).sum())
 
   generates = {*makers(config)} <= tasks
-  predictors, reason, missing = _predictors(trained, evaluation.batch_size)
+  predictors, used, reason, missing = _predictors(
+    trained, evaluation.batch_size
+  )
   notices += missing
   if not test.name:
     reason = f"there is no test case in {data}"
@@ -235,6 +237,7 @@ def evaluate(
     realism=realistic,
     agreement=agreements,
     counts=counts,
+    checkpoints=used,
     epoch=results.epoch(
       *(config, names, train_group),
       [counts[name]["synthetic"] for name in names],
@@ -250,7 +253,7 @@ def evaluate(
       "training cases": len(train.name),
       "test cases": len(test.name),
       report.TEST_DIGEST: _digest(test),
-      **_run_facts(trained),
+      **_run_facts(trained, used),
       "bank in use at the end": bank,
       "absent structures": definitions.empty,
       "equity scaling": definitions.equity,
@@ -306,7 +309,9 @@ def evaluate_elsewhere(
   except ValueError as error:
     raise ValueError(f"{data}: {error}") from error
   group = groups.group_codes(attribute, cases.attributes, (), cases.vocabulary)
-  predictors, reason, notices = _predictors(trained, evaluation.batch_size)
+  predictors, used, reason, notices = _predictors(
+    trained, evaluation.batch_size
+  )
   if not predictors:
     raise ValueError(f"{layout.workdir}: {reason}")
   predictions = {
@@ -329,6 +334,7 @@ def evaluate_elsewhere(
       *notices,
     ],
     cases=_shown(cases, group, names, predictions),
+    checkpoints=used,
     facts={
       "external data": str(data),
       "external data sha256": found,
@@ -336,7 +342,7 @@ def evaluate_elsewhere(
       "attribute": attribute,
       report.TEST_DIGEST: _digest(cases),
       "trained on": config.data.source,
-      **_run_facts(trained),
+      **_run_facts(trained, used),
       "absent structures": definitions.empty,
       "equity scaling": definitions.equity,
       "config sha256": configs.config_hash(config),
@@ -367,29 +373,51 @@ def _require_alike(own: Domain, other: Domain, data: Path) -> None:
 
 def _predictors(
   trained: Trained, batch_size: int
-) -> tuple[dict[str, Predictor], str, list[str]]:
+) -> tuple[dict[str, Predictor], dict[str, dict[str, Any]], str, list[str]]:
   """The run's segmenter, and its baseline's, by name; why there is none.
 
   Returns:
-    Them, a clause that says why there is none, and why a baseline is left out.
+    Them; their checkpoints, that of the run also where there is no segmenter; a
+    clause that says why there is none; and sentences: that one stopped early,
+    why the baseline is left out.
   """
   config, tasks = trained.config, trained.setup.objective.tasks
-  if "segmenter" not in tasks:
-    return {}, "the run trains no segmenter (train.segmenter is empty)", []
-  if trained.step <= learning_steps(config, "segmenter")[0]:
-    reason = f"at step {trained.step} the segmenter has not learned yet"
-    return {}, reason, []
   generates = {*makers(config)} <= tasks.keys()
   subject = "FairDiff, joint" if generates else "Segmenter"
+  used = {subject: trained.checkpoint()}
+  if "segmenter" not in tasks:
+    return (
+      {},
+      used,
+      "the run trains no segmenter (train.segmenter is empty)",
+      [],
+    )
+  if trained.step <= learning_steps(config, "segmenter")[0]:
+    reason = f"at step {trained.step} the segmenter has not learned yet"
+    return {}, used, reason, []
   found = {subject: Predictor(trained, batch_size)}
-  baseline = trained.layout.baseline
-  if not baseline.checkpoints.exists():
-    return found, "", []
-  try:
-    found[BASELINE] = Predictor(restore(baseline.workdir), batch_size)
-  except (OSError, ValueError) as error:
-    return found, "", [f"The baseline is left out: {error}."]
-  return found, "", []
+  notices = _early(subject, trained)
+  if trained.layout.baseline.checkpoints.exists():
+    try:
+      baseline = trained.baseline()
+      found[BASELINE] = Predictor(baseline, batch_size)
+      used[BASELINE] = baseline.checkpoint()
+      notices += _early(BASELINE, baseline)
+    except (OSError, ValueError) as error:
+      notices.append(f"The baseline is left out: {error}.")
+  return found, used, "", notices
+
+
+def _early(model: str, trained: Trained) -> list[str]:
+  """A sentence if a run stopped early."""
+  if not trained.stopped_early:
+    return []
+  evaluation, steps = trained.config.evaluation, trained.config.train.steps
+  return [
+    f"{model} stopped early, after step {trained.last} of {steps}:"
+    f" {evaluation.patience} validations without a better one"
+    " (evaluation.patience)."
+  ]
 
 
 def _shown(
@@ -426,11 +454,14 @@ def _measured(
   }
 
 
-def _run_facts(trained: Trained) -> dict[str, Any]:
-  """How the run was trained."""
+def _run_facts(
+  trained: Trained, used: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """How the run was trained, and which checkpoints are used."""
   config = trained.config
   return {
     "steps": trained.step,
+    **{f"checkpoint of {model}": told(of) for model, of in used.items()},
     **{
       f"changed at step {change['step']}": "; ".join(
         f"{name}: {old} before, {new} then"

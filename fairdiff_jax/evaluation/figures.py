@@ -2,20 +2,20 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import contourpy
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.evaluation import page
 from fairdiff_jax.evaluation.page import INK, MARKERS, PALETTE, number
 
-WIDTH = 4.2  # inches of a chart
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+
 # Pixels of the longer side of an image: alone, in a strip, one among many.
 LARGE, MIDDLE, SMALL = 320, 200, 112
 LOSSLESS = 128  # up to which it is as it was, but of one among many
@@ -28,7 +28,7 @@ Phase = tuple[int, int, Sequence[str]]
 
 
 def _dots(
-  axes: Axes,
+  axes: "Axes",
   y: np.ndarray,
   rows: Sequence[tuple[float | None, Sequence[float | None]]],
   color: str,
@@ -61,7 +61,7 @@ def _dots(
     axes.plot([], [], marker, color=color, label=label)
 
 
-def _widen(axes: Axes) -> None:
+def _widen(axes: "Axes") -> None:
   """Makes the x-axis no narrower than `SPAN`."""
   low, high = axes.get_xlim()
   more = max(0.0, SPAN - (high - low)) / 2
@@ -81,9 +81,8 @@ def dots(
   count = len(summaries)
   names = ["All cases", *groups.values()]
   alt = [f"Dice of the {cls} by group."]
-  with matplotlib.rc_context(page.STYLE):
-    height = 0.9 + (0.27 * count + 0.12) * len(names) + 0.2 * count
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+  height = 0.9 + (0.27 * count + 0.12) * len(names) + 0.2 * count
+  with page.drawing(height) as figure:
     axes = figure.subplots()
     for i, (model, summary) in enumerate(summaries.items()):
       dice = summary[cls]["dice"]
@@ -122,10 +121,7 @@ def differences(
   rows |= {"Gap (less is better)": difference["gap"]}
   found = [(r["difference"], [r["low"], r["high"]]) for r in rows.values()]
   unsure = [None in ends or ends[0] <= 0 <= ends[1] for _, ends in found]
-  with matplotlib.rc_context(page.STYLE):
-    figure = Figure(
-      figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained"
-    )
+  with page.drawing(0.8 + 0.36 * len(rows)) as figure:
     axes = figure.subplots()
     axes.axvline(0, color=INK, lw=1, ls=":")
     y = np.arange(len(rows))
@@ -159,9 +155,8 @@ def training(
     dashed: the same of the baseline, in the colours of the same names.
     phases: (from, to, networks that learn).
   """
-  with matplotlib.rc_context(page.STYLE):
-    rows = -(-(len(lines) + len(dashed)) // 2)
-    figure = Figure(figsize=(WIDTH, 2.5 + 0.2 * rows), layout="constrained")
+  rows = -(-(len(lines) + len(dashed)) // 2)
+  with page.drawing(2.5 + 0.2 * rows) as figure:
     axes = figure.subplots()
     for i, (name, (steps, values)) in enumerate(lines.items()):
       dash = DASHES[i // len(PALETTE) % len(DASHES)]
@@ -187,7 +182,7 @@ def training(
     return page.chart(figure, alt, title)
 
 
-def _mark(axes: Axes, phases: Sequence[Phase]) -> int:
+def _mark(axes: "Axes", phases: Sequence[Phase]) -> int:
   """Shades every other phase and names them; the lines of the longest name."""
   if not phases:
     return 0

@@ -6,19 +6,23 @@ in `templates/`; `Markup` is what they have made, and goes in as it is.
 """
 
 import base64
+import contextlib
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # seconds to import; who only predicts draws nothing
+  from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = "os^vP*"
+WIDTH = 4.2  # inches of a chart
 INK = "#123456"  # stands for the page's text colour until the SVG is inlined
 PRINTED = "#1b1f24"  # what it is in a figure that is taken away
 STYLE = {
@@ -117,11 +121,25 @@ def table(
   return PARTS.table(label, cells(head), filled)
 
 
-def chart(figure: Figure, alt: str, name: str) -> Markup:
+@contextlib.contextmanager
+def drawing(height: float) -> "Iterator[Figure]":
+  """An empty figure, to be drawn and made a `chart` of in the block.
+
+  Args:
+    height: inches.
+  """
+  import matplotlib
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context(STYLE):
+    yield Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def chart(figure: "Figure", alt: str, name: str) -> Markup:
   """A figure as inline SVG in the page's colours, and a link to take it away.
 
   Args:
-    figure: drawn under `STYLE`.
+    figure: of `drawing`.
     alt: what it shows, in words.
     name: of the file that the link gives, without its ending.
   """

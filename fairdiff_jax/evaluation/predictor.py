@@ -1,6 +1,6 @@
 """A run's segmenter as a function of images, compiled once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +13,24 @@ from scipy.special import softmax
 from fairdiff_jax.data.examine import centre_of, resize
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.data.table import to_uint8
-from fairdiff_jax.training.mesh import map_batch
+from fairdiff_jax.objectives.task import Variables
+from fairdiff_jax.training.checkpoint import Inference
+from fairdiff_jax.training.mesh import BATCH, map_batch
+from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.trained import Trained
+
+
+def label(
+  scores: Callable[[np.ndarray], np.ndarray],
+  images: np.ndarray,
+  batch_size: int,
+) -> np.ndarray:
+  """Classes uint8 [n, H, W] of prepared images uint8 [n, H, W(, 3)]."""
+  labels = np.empty(images.shape[:3], np.uint8)
+  for i in range(0, len(images), batch_size):
+    rows = slice(i, i + batch_size)
+    labels[rows] = scores(images[rows]).argmax(-1)
+  return labels
 
 
 class Fitted(NamedTuple):
@@ -31,14 +47,46 @@ class Fitted(NamedTuple):
   centre: tuple[slice, slice]
 
 
+def compile_segmenter(
+  run: Setup, batch_size: int
+) -> Callable[[Variables, np.ndarray], np.ndarray]:
+  """Compiles a run's segmenter.
+
+  Args:
+    run: set-up of the run.
+    batch_size: images at a time. Every batch is padded to it, so that there is
+      one program, and figures do not depend on how many images there are.
+
+  Returns:
+    (variables, prepared images uint8 [b, H, W(, 3)]) -> scores float32 [b, H,
+    W, classes], on every host, b at most the batch size.
+  """
+  mesh, size = run.mesh, -(-batch_size // run.mesh.size) * run.mesh.size
+  shape = (size, *run.config.data.size, run.domain.channels)
+  rows, whole = (NamedSharding(mesh, s) for s in (BATCH, PartitionSpec()))
+  with jax.set_mesh(mesh):  # kernels ask for it
+    compiled = (
+      jax.jit(run.objective.tasks["segmenter"].logits, out_shardings=whole)
+      .lower(
+        Inference.of(run.abstract).network("segmenter"),
+        jax.ShapeDtypeStruct(shape, np.float32, sharding=rows),
+      )
+      .compile()
+    )
+
+  def scores(variables, images):
+    function = partial(compiled, variables)
+    return map_batch(function, [normalize(images)], mesh, batch_size)
+
+  return scores
+
+
 class Predictor:
   """A run's segmenter, for batches of one size.
 
   Args:
     trained: the run.
     batch_size: images at a time; None for the run's `evaluation.batch_size`.
-      Every batch is padded to it, so that there is one program, and figures do
-      not depend on how many images there are.
 
   Raises:
     ValueError: the run trains no segmenter.
@@ -53,27 +101,16 @@ class Predictor:
       )
     self._data = config.data
     self._channels = trained.domain.channels
-    self._mesh = run.mesh
     self.batch_size = batch_size or config.evaluation.batch_size
-    function = jax.jit(
-      run.objective.tasks["segmenter"].logits,
-      out_shardings=NamedSharding(run.mesh, PartitionSpec()),
+    # Scores float32 [b, H, W, classes] of at most a batch.
+    self._logits = partial(
+      compile_segmenter(run, self.batch_size),
+      trained.inference.network("segmenter"),
     )
-    self._function = partial(function, trained.inference.network("segmenter"))
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Classes uint8 [n, H, W] of prepared images uint8 [n, H, W(, 3)]."""
-    labels = np.empty(images.shape[:3], np.uint8)
-    for i in range(0, len(images), self.batch_size):
-      rows = slice(i, i + self.batch_size)
-      labels[rows] = self._logits(images[rows]).argmax(-1)
-    return labels
-
-  def _logits(self, images: np.ndarray) -> np.ndarray:
-    """Scores float32 [b, H, W, classes] of at most a batch."""
-    return map_batch(
-      self._function, [normalize(images)], self._mesh, self.batch_size
-    )
+    return label(self._logits, images, self.batch_size)
 
   def segment(
     self, images: Sequence[np.ndarray], *, probabilities: bool = False

@@ -62,6 +62,8 @@ class Results:
     realism: what `realism.compare` gives.
     agreement: segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
       its Dice in [0, 1] on synthetic and real cases, and their ratio.
+    checkpoints: model -> what `Trained.checkpoint` gives; of the run also where
+      there is no model.
     counts: group -> source ('real', 'synthetic') -> number of training cases.
     epoch: what `epoch` gives.
     log: path of a `metrics.jsonl`; a notice says if it cannot be read.
@@ -88,6 +90,7 @@ class Results:
   synthetic: Mapping[str, Any] | None = None
   realism: Mapping[str, Any] | None = None
   agreement: Mapping[str, Any] | None = None
+  checkpoints: Mapping[str, Mapping[str, Any]] | None = None
   counts: Mapping[str, Mapping[str, int]] | None = None
   epoch: Mapping[str, Mapping[str, int]] | None = None
   log: str | Path | None = None
@@ -227,6 +230,7 @@ class Results:
         "groups": self.groups,
         "models": self.summaries,
         "difference": self.differences,
+        "checkpoints": self.checkpoints or {},
         "realism": self.realism or {},
         "agreement": self.agreement or {},
         "training_cases": self.counts or {},

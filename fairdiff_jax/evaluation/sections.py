@@ -30,7 +30,12 @@ STRIP, STRIPS_IN_ALL = 8, 96  # images of a group and kind, and at most
 REALISTIC = (0.85, 1.15)  # ratios of synthetic to real that pass
 ALL = {"overall": "All cases"}
 OF_GROUPS = {"es": "ES-Dice", "gap": "Gap", "worst": "Worst group"}
-TITLES = {"risk": "Risk by group", "validation": "Validation"}
+TITLES = {
+  "risk": "Risk by group",
+  "validation": "Validation ES-Dice, mean of the parts",
+  "validation/es_dice": "Validation ES-Dice",
+}
+VALIDATION = "validation/dice/"  # and a structure: a chart of its groups
 ALONE = ("Loss: total", "Loss: fairness")  # sums that a baseline has not alike
 NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95, px"}
 PROVENANCE = {
@@ -424,6 +429,8 @@ def training(results: Results) -> Section | None:
   for key in results.curves:
     parent, _, name = key.rpartition("/")
     title = f"Loss: {name}" if parent == "loss" else TITLES.get(parent, parent)
+    if parent.startswith(VALIDATION):
+      title = f"Validation Dice by group: {parent.removeprefix(VALIDATION)}"
     drawn.setdefault(title, {})[name] = key
   order = sorted(drawn, key=lambda title: not title.startswith("Loss: "))
   charts = []

@@ -44,7 +44,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from fairdiff_jax.fairness import metrics
 
@@ -186,6 +185,8 @@ def _interval(
   resampled: np.ndarray, level: float, n: int | None = None
 ) -> tuple[float, float]:
   """Percentile interval of `[num_resamples]`, expanded for a mean of n."""
+  from scipy import stats  # here and below: seconds to import
+
   tail = (1 - level) / 2
   if n is not None and n > 1:
     quantile = stats.t.ppf(tail, n - 1) * (n / (n - 1)) ** 0.5
@@ -199,6 +200,8 @@ def _p_value(resampled: np.ndarray, n: int | None = None) -> float:
 
   It is the smallest 1 - level at which `_interval` leaves out 0.
   """
+  from scipy import stats
+
   if np.isnan(resampled).any():
     return float("nan")
   tail = min(np.sum(resampled <= 0), np.sum(resampled >= 0))
@@ -426,6 +429,8 @@ def _wilcoxon(differences: np.ndarray) -> float:
 
   Differences of 0 are left out, equal ones share the mean of their ranks.
   """
+  from scipy import stats
+
   if len(differences) < MIN_TESTED:
     return float("nan")
   differences = differences[differences != 0]
@@ -473,6 +478,8 @@ def over_seeds(figures: Sequence[float] | np.ndarray) -> dict:
     `mean`; `sd` with s - 1; `n`; `low` and `high`, Student's 95% interval of
     the mean. NaN where undefined: all for no run, all but the mean for one.
   """
+  from scipy import stats
+
   figures = np.asarray(figures, np.float64)
   figures = figures[~np.isnan(figures)]
   n = len(figures)

@@ -18,6 +18,8 @@ GRID = 96  # longer side, in pixels, at which displacements are found
 NEAR = 2.0  # pixels of that grid within which an edge draws its surroundings
 SMOOTH = 1.0  # and the standard deviation that smooths a displacement
 ITERATIONS = 40
+MARGIN = 1.2  # of the foreground's reach, within which all is scaled alike,
+BORDER = 0.8  # but no more than this share of the way to the border
 
 
 class Anatomy(NamedTuple):
@@ -155,13 +157,32 @@ def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _match(source, wanted) -> np.ndarray:
-  """Where to look [2, H, W] so that foregrounds have one place and size."""
+  """Where to look [2, H, W] so that foregrounds have one place and size.
+
+  Along every ray from the foreground's centre positions grow in proportion as
+  far as the foreground reaches and are stretched evenly from there to the
+  border, which stays the border: nothing from beyond it is shown.
+  """
   factor = np.sqrt(source.sum() / wanted.sum())
-  grid = np.indices(wanted.shape, np.float32)
-  for axis in (0, 1):
-    from_, to = (np.argwhere(m)[:, axis].mean() for m in (source, wanted))
-    grid[axis] = from_ + (grid[axis] - to) * factor
-  return grid
+  from_, to = (np.argwhere(m).mean(0) for m in (source, wanted))
+  offset = np.indices(wanted.shape, np.float32) - to[:, None, None]
+  radius = np.maximum(np.hypot(*offset), 1e-3)
+  ray = offset / radius
+  end, begin = (_to_border(ray, c, wanted.shape) for c in (to, from_))
+  reach = np.minimum(MARGIN * radius[wanted].max(), BORDER * end)
+  near = np.minimum(factor * reach, BORDER * begin)
+  beyond = near + (radius - reach) * (begin - near) / (end - reach)
+  found = np.where(radius < reach, radius * near / reach, beyond)
+  return (from_[:, None, None] + found * ray).astype(np.float32)
+
+
+def _to_border(ray, centre, shape) -> np.ndarray:
+  """Distance [H, W] along unit vectors from a centre to the image's border."""
+  room = [
+    np.where(r > 0, size - 0.5 - c, c + 0.5) / np.maximum(np.abs(r), 1e-6)
+    for r, c, size in zip(ray, centre, shape, strict=True)
+  ]
+  return np.minimum(*room)
 
 
 def _distance(region: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from fairdiff_jax import files
 from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.synthesis import sheet
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
   Generated,
@@ -28,6 +29,7 @@ from fairdiff_jax.training.banks import (
   CASES,
   MANIFEST,
   RECORD,
+  SHEET,
   Synthetic,
   read_bank,
   read_record,
@@ -40,6 +42,7 @@ from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.step import TrainState
 
 BANK = 1  # tells the noise of banks from that of other synthetic cases
+SHOWN = 4  # real cases of a group in a bank's picture, and as many synthetic
 UNFINISHED = "unfinished"  # batches of a bank that is being filled
 
 
@@ -60,7 +63,15 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     A mask that stays unsound is left out, with a notice. It raises ValueError
     if more than half of a group's are, or the bank that is there is damaged.
   """
-  anatomy = Anatomy(cases.image, cases.mask, case_groups(run.config, cases))
+  real_group = case_groups(run.config, cases)
+  anatomy = Anatomy(cases.image, cases.mask, real_group)
+  real = {
+    code: [
+      (cases.image[i], cases.mask[i])
+      for i in np.flatnonzero(real_group == code)[:SHOWN]
+    ]
+    for code in range(len(run.objective.group_names))
+  }
   generate = make_generator(run, anatomy)
   names = run.objective.group_names
   shape = tuple(run.config.data.size)
@@ -131,7 +142,8 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
           for i, number in enumerate(np.flatnonzero(sound))
         ]
         record = facts | {"source": source, "unsound": unsound}
-        _write(directory, chunks, group[sound], sizes, cases, record)
+        picture = _draw(chunks, group, real, names, domain)
+        _write(directory, chunks, group[sound], sizes, cases, record, picture)
         shutil.rmtree(folder.parent)
         if unsound:
           say(
@@ -190,8 +202,25 @@ def _write_chunk(path: Path, cases: Generated):
       add(name, len(array), array.shape[1:], array.dtype, [array])
 
 
-def _write(directory: Path, chunks, group, sizes, cases, record):
-  """Writes the sound cases of all chunks, their manifest, and the record."""
+def _draw(chunks, group, real, names, domain) -> bytes | None:
+  """Some real cases of every group that the bank has, and synthetic ones."""
+  made = {code: [] for code in real}
+  codes = iter(group)
+  for chunk in chunks:
+    for case in zip(chunk.image, chunk.mask, chunk.sound, strict=True):
+      found = made[next(codes)]
+      if len(found) < SHOWN and case[-1]:
+        found.append(case[:2])
+  rows = {
+    f"{names[code]}: {len(real[code])} real, then synthetic": real[code] + found
+    for code, found in made.items()
+    if found
+  }
+  return sheet.contact_sheet(rows, domain) if rows else None
+
+
+def _write(directory: Path, chunks, group, sizes, cases, record, picture):
+  """Writes the sound cases of all chunks, manifest, picture and record."""
   first = chunks[0]
   with files.new_directory(directory) as temporary:
     with files.new_npz(temporary / CASES) as add:
@@ -203,6 +232,8 @@ def _write(directory: Path, chunks, group, sizes, cases, record):
         add(name, len(array), (), array.dtype, [array])
     text = "".join(json.dumps(case) + "\n" for case in cases)
     files.write(temporary / MANIFEST, text)
+    if picture:
+      files.write(temporary / SHEET, picture)
     record = record | {"sha256": files.sha256(temporary / CASES)}
     files.write(temporary / RECORD, json.dumps(record, indent=2) + "\n")
 

@@ -17,6 +17,7 @@ from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.layout import Layout
 
 CASES, MANIFEST, RECORD = "cases.npz", "manifest.jsonl", "bank.json"
+SHEET = "sheet.png"  # some of its cases beside real ones
 
 
 class Synthetic(NamedTuple):

@@ -7,12 +7,16 @@ be the same. Orbax writes into a temporary directory and renames it, so that a
 checkpoint is complete or absent; a complete one that cannot be read, whose
 arrays are not those that were saved, or whose directory was renamed, is
 reported and the one before it is taken.
+
+Every checkpoint remembers the validations before it. The best of these is kept
+beside the newest checkpoints, and is what sampling and evaluation take where
+nobody asks for another.
 """
 
 import contextlib
 import hashlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -27,6 +31,7 @@ from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.start import import_weights
 from fairdiff_jax.training.step import TrainState
+from fairdiff_jax.training.validation import BEST, LAST, Score, best, parse
 
 
 class Inference(NamedTuple):
@@ -84,13 +89,27 @@ def fingerprint(tree: Any) -> str:
   return digest.hexdigest()
 
 
+class _KeepBest:
+  """Orbax's policy of preservation: the best validated step is kept.
+
+  Not its `BestN`, which knows the scores that were saved, not those that count:
+  after other validation cases or definitions, a run's history starts anew.
+  """
+
+  step: int | None = None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
   """The checkpoints of a run.
 
   Args:
     workdir: a run's directory.
-    keep: newest checkpoints to keep; None for one who only reads, perhaps
-      while the run goes on.
+    keep: newest checkpoints to keep, beside the best; None for one who only
+      reads, perhaps while the run goes on.
   """
 
   def __init__(self, workdir: str | Path, keep: int | None = None):
@@ -98,11 +117,16 @@ class Checkpoints:
     self._reads = keep is None
     self._facts = {}  # by step, of those that were looked at
     self._saving = None  # (step, what Orbax says of it)
+    self._keep_best = _KeepBest()
     policies = ocp.training.preservation_policies
     saves = ocp.training.save_decision_policies
+    kept = None
+    if keep:
+      kept = [policies.LatestN(keep), self._keep_best]
+      kept = policies.AnyPreservationPolicy(kept)
     self._checkpointer = ocp.training.Checkpointer(
       Layout(workdir).checkpoints.absolute(),
-      preservation_policy=policies.LatestN(keep) if keep else None,
+      preservation_policy=kept,
       # The loop decides when to save.
       save_decision_policy=saves.FixedIntervalPolicy(1),
       cleanup_tmp_directories=keep is not None,
@@ -116,6 +140,8 @@ class Checkpoints:
 
   def save(self, state: TrainState, *, facts: dict[str, Any]):
     """Starts saving; `facts` is what else the run must remember (JSON).
+
+    The best of the validations in them is kept from then on.
 
     The copy to the host is done when this returns, so that the state may be
     donated to the next step; files are written in the background. A damaged
@@ -132,6 +158,8 @@ class Checkpoints:
     digests["imported"] = self._imported
     step = int(state.step)
     self._facts.pop(step, None)
+    found = best(history_of(facts))
+    self._keep_best.step = found[0] if found else None
     response = self._checkpointer.save_checkpointables_async(
       step,
       parts,
@@ -175,34 +203,65 @@ class Checkpoints:
         found.append(self.facts(step))
     return found
 
+  def history(self) -> list[Score]:
+    """The validations that the newest readable checkpoint remembers."""
+    return history_of(next(iter(self.all_facts()), {}))
+
+  def _order(self, wanted: str | int | None) -> list[int]:
+    """The steps to try, for `restore`'s `wanted`."""
+    newest = self.steps[::-1]
+    if isinstance(wanted, int):
+      if newest and wanted not in newest:
+        there = ", ".join(map(str, newest[::-1]))
+        raise ValueError(
+          f"{self._checkpointer.directory} has no checkpoint of step {wanted};"
+          f" there are {there}"
+        )
+      return [wanted] if newest else []
+    if wanted == LAST or not newest:
+      return newest
+    found = best(self.history())
+    chosen = [found[0]] if found and found[0] in newest else []
+    if wanted == BEST and not chosen:
+      raise ValueError(
+        f"{self._checkpointer.directory} has no best checkpoint: the run was"
+        " not validated. Take the last (--checkpoint last), or train with"
+        " evaluation.every"
+      )
+    return chosen if wanted == BEST else list(dict.fromkeys(chosen + newest))
+
   def restore(
     self,
     abstract: TrainState,
     parts: tuple[str, ...] = ("inference",),
     check: Callable[[dict[str, Any]], None] = lambda facts: None,
+    wanted: str | int | None = LAST,
   ) -> tuple[int, dict[str, Any]] | None:
-    """Restores the newest readable checkpoint.
+    """Restores the newest readable checkpoint, or the one that is wanted.
 
     Args:
       abstract: the state as ShapeDtypeStructs with shardings: checkpoints can
         be restored onto any mesh.
       parts: ('inference',), or ('inference', 'training').
       check: raises ValueError if what the facts name is not there.
+      wanted: LAST; BEST, by the validations; a step; or None: the best where
+        there is one that can be read, else the last.
 
     Returns:
       (step, parts by name), or None if there is no checkpoint at all.
 
     Raises:
-      ValueError: if checkpoints exist and none can be read.
+      ValueError: if checkpoints exist and none can be read, or there is none
+        that is wanted.
     """
-    wanted = {name: split(abstract)[name] for name in parts}
+    fields = {name: split(abstract)[name] for name in parts}
     failures, tried = [], None
-    while tried != (tried := self.steps):
+    while tried != (tried := self._order(wanted)):
       failures = []
-      for step in reversed(tried):
+      for step in tried:
         try:
           check(self.facts(step))
-          return step, self._load(step, wanted)
+          return step, self._load(step, fields)
         except Exception as error:
           # Orbax prints whole trees.
           reason = textwrap.shorten(str(error) or repr(error), 200)
@@ -249,27 +308,56 @@ class Checkpoints:
       self._checkpointer.close()
 
 
+def history_of(facts: Mapping[str, Any]) -> list[Score]:
+  """The validations that a checkpoint's facts remember."""
+  return parse(facts.get("validation", {}).get("history", ()))
+
+
+class Restored(NamedTuple):
+  """A checkpoint that was taken, for inference.
+
+  Attributes:
+    step: of the checkpoint.
+    inference: what it holds for sampling and predicting.
+    last: step of the newest checkpoint.
+    history: validations up to there.
+  """
+
+  step: int
+  inference: Inference
+  last: int
+  history: Sequence[Score]
+
+
 def restore_inference(
-  workdir: str | Path, objective: Objective, abstract: TrainState
-) -> tuple[int, Inference]:
-  """Step and inference part of a run's newest checkpoint.
+  workdir: str | Path,
+  objective: Objective,
+  abstract: TrainState,
+  wanted: str | int | None = None,
+) -> Restored:
+  """A run's checkpoint for inference; `wanted` is as for `restore`.
 
   Raises:
     FileNotFoundError: if the run has no checkpoint yet.
-    ValueError: if imported weights are not those of the run.
+    ValueError: if imported weights are not those of the run, or there is no
+      such checkpoint.
   """
   checkpoints = Checkpoints(workdir)
-  restored = checkpoints.restore(abstract)
-  if restored is None:
-    checkpoints.close()
-    raise FileNotFoundError(
-      f"{workdir} has no checkpoint yet; let the run train further"
+  try:
+    restored = checkpoints.restore(abstract, wanted=wanted)
+    if restored is None:
+      raise FileNotFoundError(
+        f"{workdir} has no checkpoint yet; let the run train further"
+      )
+    step, parts = restored
+    imported = import_weights(objective, abstract)
+    checkpoints.check_imported(step, imported)
+    inference = Inference(**parts["inference"], imported=imported)
+    return Restored(
+      step, inference, checkpoints.steps[-1], checkpoints.history()
     )
-  step, parts = restored
-  imported = import_weights(objective, abstract)
-  checkpoints.check_imported(step, imported)
-  checkpoints.close()
-  return step, Inference(**parts["inference"], imported=imported)
+  finally:
+    checkpoints.close()
 
 
 def describe(

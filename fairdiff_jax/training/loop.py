@@ -1,9 +1,9 @@
 """The loop: one for joint, staged and plain segmentation training.
 
-At every step: stop if asked to, save if due, mix the segmenter's cases anew if
-due, take the batch, step, log. Everything a step needs is a function of
-(config, data, step, state, bank), so that a run stopped at any moment goes on
-from its last checkpoint to the very same parameters.
+At every step: stop if asked to, validate if due, save if due, mix the
+segmenter's cases anew if due, take the batch, step, log. Everything a step
+needs is a function of (config, data, step, state, bank), so that a run stopped
+at any moment goes on from its last checkpoint to the very same parameters.
 """
 
 import time
@@ -27,6 +27,8 @@ def train(
   data: str = "",
   make_refill: Callable[[Setup, Cases], Callable[..., Synthetic | None]]
   | None = None,
+  make_validate: Callable[[Setup], Callable[[TrainState], dict[str, float]]]
+  | None = None,
   name: str = "train",
   proceed: bool = False,
 ) -> TrainState | None:
@@ -41,12 +43,16 @@ def train(
     make_refill: (setup, cases) -> ((state, step, sizes [G], quota [G],
       directory, stop=, say=) -> Synthetic), which fills a bank, or gives None
       if `stop()`; None for runs without a bank.
+    make_validate: setup -> (state -> what validation found, by the log's names,
+      `validation.SCORE` among them; the same on every host); None for runs
+      without validation.
     name: what the progress bar calls the run.
     proceed: whether the run may go on with another config or other data than it
       had, as far as its networks and optimisers keep their shapes.
 
   Returns:
-    The final state, or None if the run was asked to stop: by SIGTERM, SIGINT
+    The final state, that of `train.steps` or of the validation at which
+    patience ended, or None if the run was asked to stop: by SIGTERM, SIGINT
     or SIGHUP, upon which it saves.
 
   Raises:
@@ -57,13 +63,17 @@ def train(
       finite.
   """
   session = Session(
-    *(config, Path(workdir), cases, data, make_refill, name, proceed)
+    *(config, Path(workdir), cases, data),
+    *(make_refill, make_validate, name, proceed),
   )
   start, total, pools = session.start, config.train.steps, session.pools
   prefetch = Prefetcher(pools.batch)
   try:
     for step in range(start, total):
       session.stop_if_asked()
+      session.validate(step)
+      if session.exhausted:
+        return session.complete()
       if step > start and due(step, config.checkpoint.every):
         session.save()
       if not pools.ready(step):
@@ -79,6 +89,7 @@ def train(
       alike = step > start and active == active_networks(config, step - 1)
       session.tick(active, time.monotonic() - began if alike else None)
       session.log(step, batch)
+    session.validate(total)
     return session.complete()
   except Asked:
     return session.leave()

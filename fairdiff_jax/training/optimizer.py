@@ -1,7 +1,9 @@
 """One optimiser per network, as a single optax transformation."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 MOMENTUM = 0.9  # of 'sgd'
@@ -54,6 +56,19 @@ def _network_optimizer(config, num_updates: int):
     steps = optax.MultiSteps(optimizer, config.accumulate)
     optimizer = steps.gradient_transformation()
   return optimizer
+
+
+def learning_rate(
+  config, num_updates: int
+) -> Callable[[jax.Array], jax.Array | float]:
+  """A network's learning rate, by the number of steps that it has learned.
+
+  Args:
+    config: of its optimiser.
+    num_updates: how many steps it learns in the whole run.
+  """
+  schedule = _schedule(config, num_updates // config.accumulate)
+  return lambda done: schedule(done // config.accumulate)
 
 
 def make_optimizer(

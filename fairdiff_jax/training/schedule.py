@@ -13,6 +13,7 @@ from fairdiff_jax.objectives.joint import NETWORKS
 
 # Kinds of work besides steps, whose kind is the networks that learn.
 REFILL, SAVE = "the generators of synthetic cases", "checkpoint"
+VALIDATE = "validation"
 
 
 class Phase(NamedTuple):
@@ -91,21 +92,39 @@ def refills(config, start: int = 0) -> list[int]:
   return [step for step in steps if step >= start]
 
 
+def validations(config, start: int = 0) -> list[int]:
+  """The steps from `start` on after which the segmenter is validated.
+
+  So it is at every `evaluation.every`-th of its steps, and after its last.
+  """
+  first, stop = learning_steps(config, "segmenter")
+  stop, every = min(stop, config.train.steps), config.evaluation.every
+  if not every or stop <= first:
+    return []
+  return [s for s in (*range(first + every, stop, every), stop) if s >= start]
+
+
 def last_step(config) -> int:
   """The step after the last in which a network learns."""
   return max((p.stop for p in phases(config) if p.active), default=0)
 
 
-def needs(config, start: int, refilled: Sequence[int] = ()) -> list[Hashable]:
+def needs(
+  config,
+  start: int,
+  refilled: Sequence[int] = (),
+  validated: Sequence[int] = (),
+) -> list[Hashable]:
   """What a run compiles from a step on, in the order in which it needs it.
 
   Args:
     config: the run's config.
     start: the step.
     refilled: the steps at which it fills a bank.
+    validated: the steps after which it is validated.
 
   Returns:
-    The active networks of each phase, and REFILL.
+    The active networks of each phase, REFILL and VALIDATE.
   """
   order = [
     (max(phase.start, start), 1, phase.active)
@@ -113,11 +132,17 @@ def needs(config, start: int, refilled: Sequence[int] = ()) -> list[Hashable]:
     if phase.stop > start
   ]
   order += [(step, 0, REFILL) for step in refilled]
+  order += [(step, -1, VALIDATE) for step in validated]
   order.sort(key=lambda need: need[:2])
   return list(dict.fromkeys(kind for *_, kind in order))
 
 
-def work(config, start: int, refilled: Sequence[int] = ()) -> Counter[Hashable]:
+def work(
+  config,
+  start: int,
+  refilled: Sequence[int] = (),
+  validated: Sequence[int] = (),
+) -> Counter[Hashable]:
   """How often a run does what from a step on, its baseline included."""
   counts = Counter()
   for phase in phases(config):
@@ -126,6 +151,7 @@ def work(config, start: int, refilled: Sequence[int] = ()) -> Counter[Hashable]:
     first, last = learning_steps(config, "segmenter")
     counts["segmenter",] += last - first
   counts[REFILL] = len(refilled)
+  counts[VALIDATE] = len(validated)
   counts[SAVE] = len(saves(config, start))
   return counts
 
@@ -162,6 +188,14 @@ def plan(config, filled: bool) -> str:
   kept = f"the newest {keep} are kept" if keep else "all are kept"
   when = f"every {every} steps and at the end" if every else "at the end"
   rows.append(("checkpoints", f"{when}, {kept}"))
+  steps = validations(config)
+  if steps:
+    text = f"after step {steps[0]}"
+    if len(steps) > 1:
+      text += f", then every {config.evaluation.every} steps"
+    if config.evaluation.patience:
+      text += f"; ends the run after {config.evaluation.patience} in vain"
+    rows.append(("validation", f"{text}; the best is kept"))
   if config.baseline:
     start, stop = learning_steps(config, "segmenter")
     rows.append(("baseline", f"{stop - start} steps of the segmenter alone"))

@@ -1,6 +1,7 @@
 """A run under way: what the loop's steps are made of."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -23,14 +24,19 @@ from fairdiff_jax.training.banks import (
   read_bank,
   remembered,
 )
-from fairdiff_jax.training.checkpoint import Checkpoints, fingerprint, join
+from fairdiff_jax.training.checkpoint import (
+  Checkpoints,
+  fingerprint,
+  history_of,
+  join,
+)
 from fairdiff_jax.training.compiling import Compiler
 from fairdiff_jax.training.forecast import Forecast
 from fairdiff_jax.training.journal import Journal
 from fairdiff_jax.training.latents import cached_latents, cached_shape
 from fairdiff_jax.training.mesh import all_hosts, to_host
 from fairdiff_jax.training.pools import Pools
-from fairdiff_jax.training.schedule import REFILL, SAVE
+from fairdiff_jax.training.schedule import REFILL, SAVE, VALIDATE
 from fairdiff_jax.training.setup import (
   Setup,
   initial_state,
@@ -41,6 +47,13 @@ from fairdiff_jax.training.setup import (
 from fairdiff_jax.training.start import import_weights
 from fairdiff_jax.training.step import TrainState
 from fairdiff_jax.training.termination import Termination
+from fairdiff_jax.training.validation import (
+  SCORE,
+  Score,
+  best,
+  in_vain,
+  to_json,
+)
 
 
 class Asked(Exception):
@@ -65,6 +78,8 @@ class Session:
     cases: Cases,
     data: str,
     make_refill: Callable[[Setup, Cases], Callable[..., Any]] | None,
+    make_validate: Callable[[Setup], Callable[[TrainState], dict[str, float]]]
+    | None,
     name: str,
     proceed: bool,
   ):
@@ -77,6 +92,8 @@ class Session:
     self.pools = pools = Pools(config, cases, run.objective.group_names)
     if pools.filled and make_refill is None:
       raise ValueError("fairness.strategy='equal_scale' needs make_refill")
+    if schedule.validations(config) and make_validate is None:
+      raise ValueError("evaluation.every needs make_validate; set it to 0")
     cached = cached_shape(config)
     # Only now: a config that cannot run must not claim the directory.
     if self._first_host:
@@ -84,6 +101,10 @@ class Session:
       files.sweep(self._layout.banks)
     self._checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     newest = next(iter(self._checkpoints.all_facts()), {})
+    self._measured_by = {
+      "data": data,
+      **{k: config.evaluation[k] for k in ("empty", "equity")},
+    }
     claim = partial(
       *(configs.claim, workdir, config),
       data=data,
@@ -105,12 +126,14 @@ class Session:
       directory = configs.data_directory(config, workdir)
       latent = cached_latents(config, run.mesh, cases, directory)
       pools.generation = pools.generation._replace(latent=latent)
+    self._history = self._remembered_history()
     self._journal = Journal(
       workdir,
       start=self.start,
       stop=total,
       enabled=self._first_host,
       name=name,
+      validated=dict(self._history),
     )
     if self.start:
       self._journal.say(f"resuming from the checkpoint of step {self.start}")
@@ -119,20 +142,29 @@ class Session:
     self._refills = schedule.refills(config, self.start) if pools.filled else []
     if pools.filled and changes and self._lacks_bank():
       self._refills.insert(0, self.start)
-    self._forecast = Forecast(schedule.work(config, self.start, self._refills))
+    self._validations = {*schedule.validations(config, self.start)} - dict(
+      self._history
+    ).keys()
+    ahead = self._refills, sorted(self._validations)
+    self._forecast = Forecast(schedule.work(config, self.start, *ahead))
     self._last = schedule.last_step(config)
     self._saved = self.start or None
     self._pending = None  # step under way, and its metrics
-    self._filled, self._bank = None, None  # step and facts of the bank in use
+    # Step and facts of the bank in use.
+    self._bank = remembered(self._facts_of_start())
+    self._filled = self._bank and schedule.bank_step(config, self.start)
     self._status = 1  # of the process, if it ends while something is compiled
     self._stop = Termination()
     self._compiled = {}
+    makers = {
+      REFILL: lambda: make_refill(run, cases),
+      VALIDATE: lambda: make_validate(run),
+    }
     self._compiler = Compiler(
       {
-        key: partial(make_refill, run, cases)
-        if key == REFILL
-        else partial(make_step, run, key)
-        for key in schedule.needs(config, self.start, self._refills)
+        key: makers.get(key, partial(make_step, run, key))
+        for key in schedule.needs(config, self.start, *ahead)
+        if not self.exhausted
       }
     )
 
@@ -150,6 +182,19 @@ class Session:
     imported = import_weights(run.objective, run.abstract)
     self._checkpoints.check_imported(step, imported)
     return step, join(parts, imported)
+
+  def _facts_of_start(self) -> dict[str, Any]:
+    """What the checkpoint that it goes on from remembers; {} without one."""
+    return self._checkpoints.facts(self.start) if self.start else {}
+
+  def _remembered_history(self) -> list[Score]:
+    """The validations before the step it goes on from, if they still count.
+
+    Those of other cases, or by other definitions, do not.
+    """
+    facts = self._facts_of_start()
+    by = facts.get("validation", {}).get("by")
+    return history_of(facts) if by == self._measured_by else []
 
   def _lacks_bank(self) -> bool:
     """Whether the bank in use where the run goes on was never filled.
@@ -171,7 +216,9 @@ class Session:
     """The step of a phase, or the refill; waits until it is compiled."""
     if key not in self._compiled:
       result = self._compiler.results[key]
-      what = key if key == REFILL else f"the step of {', '.join(key) or 'none'}"
+      what = key
+      if key not in (REFILL, VALIDATE):
+        what = f"the step of {', '.join(key) or 'none'}"
       self._settle()
       began = time.monotonic()
       while not all_hosts(result.done()):
@@ -194,21 +241,61 @@ class Session:
       self._pending = None
 
   def save(self):
-    """Saves a checkpoint in the background."""
+    """Saves a checkpoint in the background, unless it is there."""
     self._settle()
     began = time.monotonic()
     config, step = self._config, int(self.state.step)
-    facts = {"trained_with": self._trained_with, "bank": None}
+    if self._saved == step:
+      return
+    facts = {
+      "trained_with": self._trained_with,
+      "bank": None,
+      "validation": {
+        "by": self._measured_by,
+        "history": to_json(self._history),
+      },
+    }
     # Where the bank is due to be refilled, the one before is of no use.
     if schedule.bank_step(config, step) == self._filled:
       facts["bank"] = self._bank
     # A checkpoint is removed when the next is complete; its bank after that.
     used = map(remembered, (facts, *self._checkpoints.all_facts()))
+    names = {bank["name"] for bank in used if bank}
+    found = best(self._history)
+    if found:  # whose report looks at the bank that it was trained with
+      before = schedule.bank_step(config, found[0] - 1)
+      names |= set() if before is None else {self._layout.bank(before).name}
     if self._first_host:
-      prune(self._workdir, {bank["name"] for bank in used if bank})
+      prune(self._workdir, names)
     self._checkpoints.save(self.state, facts=facts)
     self._saved = step
     self._forecast.did(SAVE, time.monotonic() - began)
+
+  def validate(self, step: int):
+    """Validates the averages before a step, if that is due.
+
+    The best so far are saved.
+    """
+    if step not in self._validations:
+      return
+    self._settle()
+    validate = self.compiled(VALIDATE)
+    began = time.monotonic()
+    metrics = validate(self.state)
+    self._forecast.did(VALIDATE, time.monotonic() - began)
+    self._validations.remove(step)
+    self._history.append((step, metrics[SCORE]))
+    found = best(self._history)
+    self._journal.validation(step, metrics, found[1] if found else math.nan)
+    self._saved = None  # it would not remember this
+    if found and found[0] == step:
+      self.save()
+
+  @property
+  def exhausted(self) -> bool:
+    """Whether too many validations were in vain for the run to go on."""
+    patience = self._config.evaluation.patience
+    return bool(patience) and in_vain(self._history) >= patience
 
   def mix(self, step: int):
     """Mixes the segmenter's cases of a step, with those of a bank if any."""
@@ -267,12 +354,22 @@ class Session:
   def complete(self) -> TrainState:
     """Saves the final state and says that the run is complete."""
     self._settle()
-    total = self._config.train.steps
-    if self.start < total:
-      self.save()
-      self._checkpoints.wait()
+    step, total = int(self.state.step), self._config.train.steps
+    self.save()
+    self._checkpoints.wait()
+    found = best(self._history)
+    if found:
+      self._journal.say(
+        f"best validation: step {found[0]}, ES-Dice {100 * found[1]:.1f}"
+      )
+    if step < total:
+      patience = self._config.evaluation.patience
+      self._journal.say(
+        f"stopped early, after step {step} of {total}: {patience} validations"
+        " without a better one (evaluation.patience)"
+      )
     digest = fingerprint(self.state.params)
-    self._journal.log(total, {"params_sha256": digest})
+    self._journal.log(step, {"params_sha256": digest})
     if self._stop():  # what would follow: baseline and report
       raise Asked
     self._status = 0
@@ -281,7 +378,7 @@ class Session:
   def leave(self) -> None:
     """Saves and says so."""
     step, reason = int(self.state.step), self._stop.reason
-    if step and self._saved != step:
+    if step:
       self.save()
     self._checkpoints.wait()
     self._journal.say(

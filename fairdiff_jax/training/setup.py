@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -16,7 +17,7 @@ from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
 from fairdiff_jax.training.checkpoint import describe
 from fairdiff_jax.training.latents import cached_shape
 from fairdiff_jax.training.mesh import make_mesh, tree_shardings
-from fairdiff_jax.training.optimizer import make_optimizer
+from fairdiff_jax.training.optimizer import learning_rate, make_optimizer
 from fairdiff_jax.training.schedule import learning_steps
 from fairdiff_jax.training.start import start_from_weights
 from fairdiff_jax.training.step import (
@@ -94,13 +95,18 @@ def _build(config):
     groups.vocabulary_of(config.data),
   )
   axis_name = AXIS if config.parallel.compile == "pmap" else None
-  spans = {name: learning_steps(config, name) for name in NETWORKS}
-  num_updates = {n: b - a for n, (a, b) in spans.items() if b > a}
+  num_updates = _num_updates(config)
   objective = make_objective(config, names, tuple(num_updates), axis_name)
   optimizer = make_optimizer(config.optimizer, num_updates)
   key = jax.random.key(config.seed)
   init = partial(init_state, key, objective=objective, optimizer=optimizer)
   return objective, optimizer, init
+
+
+def _num_updates(config) -> dict[str, int]:
+  """How many steps every network learns that learns at all."""
+  spans = {name: learning_steps(config, name) for name in NETWORKS}
+  return {name: b - a for name, (a, b) in spans.items() if b > a}
 
 
 def _no_data(config, objective):
@@ -162,15 +168,31 @@ def _count(like: jax.ShapeDtypeStruct, state: TrainState, _):
 def step_function(
   run: Setup, active: tuple[str, ...]
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """The train step of a phase, not compiled."""
-  return partial(
-    train_step,
-    objective=run.objective,
-    optimizer=run.optimizer,
-    seed=run.config.seed,
-    ema_decay=run.config.train.ema_decay,
-    active=active,
-  )
+  """The train step of a phase, not compiled; it also tells learning rates."""
+  steps = _num_updates(run.config)
+  rates = {
+    name: learning_rate(run.config.optimizer[name], steps[name])
+    for name in active
+  }
+
+  def step(state, batch, axis_name=None):
+    known = {
+      f"learning_rate/{name}": jnp.float32(rate(state.updates[name]))
+      for name, rate in rates.items()
+    }
+    state, metrics = train_step(
+      state,
+      batch,
+      objective=run.objective,
+      optimizer=run.optimizer,
+      seed=run.config.seed,
+      ema_decay=run.config.train.ema_decay,
+      active=active,
+      axis_name=axis_name,
+    )
+    return state, {**metrics, **known}
+
+  return step
 
 
 def describe_batch(
