@@ -19,10 +19,10 @@ def run(monkeypatch, tmp_path):
     def __init__(self, value):
       self.value = value
 
-  def run():
+  def run(networks):
     path = tmp_path / "found.json"
     monkeypatch.setattr(script, "JSON", Flag(str(path)))
-    monkeypatch.setattr(script, "NETWORKS", Flag(SOME))
+    monkeypatch.setattr(script, "NETWORKS", Flag(networks))
     status = script.main([])
     found = json.loads(path.read_text())
     return status, {f["name"]: f for f in found["findings"]}, found
@@ -31,7 +31,7 @@ def run(monkeypatch, tmp_path):
 
 
 def test_a_cpu_is_trusted(run, capsys):
-  status, findings, found = run()
+  status, findings, found = run(SOME)
   assert status == 0 and found["trustworthy"]
   assert found["devices"] == 8 and found["platform"] == "cpu"
   assert found["mesh"] == {"data": 8, "fsdp": 1}
@@ -71,7 +71,7 @@ def test_a_fault_is_found(run, monkeypatch, capsys):
 
   monkeypatch.setattr(doctor, "_collectives", broken)
   monkeypatch.setattr(doctor, "_checkpoint", lambda: iter(()))
-  status, findings, found = run()
+  status, findings, found = run(SOME[:1])
   assert status == 1 and not found["trustworthy"]
   wrong = {
     n: f["detail"] for n, f in findings.items() if f["verdict"] == "wrong"
