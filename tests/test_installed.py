@@ -59,7 +59,9 @@ def test_a_run_from_its_recipe_to_what_others_can_use(command):
     return done.stdout
 
   call("train", "--config", "phantom:smoke", "--workdir", "r")
-  assert "report: r/report/index.html" in call("evaluate", "--workdir", "r")
+  said = call("evaluate", "--workdir", "r", "--checkpoint", "last")
+  assert "checkpoint: last, step 8, not validated" in said
+  assert "report: r/report/index.html" in said
   photographs = command.empty / "photographs"
   photographs.mkdir()
   rng = np.random.default_rng(0)

@@ -448,7 +448,7 @@ def _measured(
   return {
     model: segmentation.per_case(
       *(cases.mask, prediction, cases.name, group, names),
-      *(definitions.empty, domain),
+      *(definitions.empty, domain, cases.patient),
     )
     for model, prediction in predictions.items()
   }
@@ -482,7 +482,9 @@ def _load_test(directory: Path, train: Cases) -> Cases:
   image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
   attributes = {name: codes[:0] for name, codes in train.attributes.items()}
   return train._replace(
-    name=[], image=image, mask=mask, points=points, attributes=attributes
+    **{"name": [], "image": image, "mask": mask, "points": points},
+    attributes=attributes,
+    patient=(),
   )
 
 
