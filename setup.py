@@ -58,6 +58,7 @@ setup(
       "fairmedfm",
       "hypothesis",
       "medpy",
+      "mypy",
       "pytest-xdist",
       "ruff",
       "setuptools",

@@ -27,7 +27,7 @@ from collections.abc import (
   Sequence,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # takes longer to import than all else that a command needs
   import numpy as np
@@ -513,11 +513,12 @@ def _read_array(
         f"has {claimed / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that"
         " such an array may have; is it the right file?"
       )
-    order = "F" if fortran else "C"
+    order: Literal["F", "C"] = "F" if fortran else "C"
     if mapped and claimed and member.compress_type == zipfile.ZIP_STORED:
       start = _start_of(archive, member) + head.tell()
-      array = np.memmap(archive.filename, dtype, "r", start, shape, order)
-      return np.asarray(array)
+      return np.asarray(
+        np.memmap(str(archive.filename), dtype, "r", start, shape, order)
+      )
     content = bytearray(head.read())
     content += file.read()
     array = np.frombuffer(content, dtype)
@@ -526,7 +527,7 @@ def _read_array(
 
 def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
   """Where the bytes of a member begin, after its local header."""
-  with open(archive.filename, "rb") as file:
+  with open(str(archive.filename), "rb") as file:
     file.seek(member.header_offset + 26)
     lengths = struct.unpack("<2H", file.read(4))
     return file.tell() + sum(lengths)
@@ -609,5 +610,5 @@ def npz_bytes(arrays: "Mapping[str, np.ndarray]") -> bytes:
   import numpy as np
 
   data = io.BytesIO()
-  np.savez_compressed(data, **arrays)
+  np.savez_compressed(data, **arrays)  # type: ignore[arg-type]
   return data.getvalue()

@@ -45,7 +45,7 @@ another training: for that, train with several seeds and use `over_seeds`.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -132,7 +132,7 @@ def _bootstrap(
   num_resamples: int,
   seed: int,
   definition: str,
-) -> dict[str | int, np.ndarray]:
+) -> dict[Any, np.ndarray]:
   """Resampled figures of `k` measures of the same patients.
 
   Args:
@@ -159,7 +159,7 @@ def _exchange(
   num_exchanges: int,
   seed: int,
   definition: str,
-) -> dict[str | int, np.ndarray]:
+) -> dict[Any, np.ndarray]:
   """Figures of two runs whose results of a patient are exchanged at random.
 
   Args:
@@ -194,7 +194,7 @@ def _figures(
   strata: dict[int, _Patients],
   definition: str,
   noise: np.ndarray | float = 0.0,
-) -> dict[str | int, np.ndarray]:
+) -> dict[Any, np.ndarray]:
   """Adds the figures of all groups to the means `[r, k]` of each.
 
   Args:
@@ -207,7 +207,9 @@ def _figures(
     As `_bootstrap`.
   """
   sizes = {g: of.cases.sum() for g, of in strata.items()}
-  overall = sum(sizes[g] * m for g, m in means.items()) / sum(sizes.values())
+  overall = np.asarray(
+    sum(sizes[g] * m for g, m in means.items()) / sum(sizes.values())
+  )
   alone = [g for g, of in strata.items() if len(of.cases) < 2]
   if len(alone) == len(sizes):
     overall = np.full_like(overall, np.nan)
@@ -224,7 +226,8 @@ def _figures(
     of_groups = center + shrink * (of_groups - center)
     gap = np.ptp(of_groups, axis=0)
   es = overall / (1 + metrics.spread(of_groups, overall, definition))
-  return means | {"overall": overall, "gap": gap, "es": es}
+  figures: dict[Any, np.ndarray] = {"overall": overall, "gap": gap, "es": es}
+  return figures | means
 
 
 def _interval(
@@ -250,8 +253,8 @@ def _p_value(resampled: np.ndarray, n: int | None = None) -> float:
 
   if np.isnan(resampled).any():
     return float("nan")
-  tail = min(np.sum(resampled <= 0), np.sum(resampled >= 0))
-  tail = (tail + 1) / (len(resampled) + 1)
+  beyond = min(int(np.sum(resampled <= 0)), int(np.sum(resampled >= 0)))
+  tail = (beyond + 1) / (len(resampled) + 1)
   if n is not None:
     tail = stats.t.cdf(stats.norm.ppf(tail) * (1 - 1 / n) ** 0.5, n - 1)
   return float(min(1, 2 * tail))
@@ -541,11 +544,11 @@ def over_seeds(figures: Sequence[float] | np.ndarray) -> dict:
   """
   from scipy import stats
 
-  figures = np.asarray(figures, np.float64)
-  figures = figures[~np.isnan(figures)]
-  n = len(figures)
-  mean = float(figures.mean()) if n else float("nan")
-  sd = float(figures.std(ddof=1)) if n > 1 else float("nan")
+  values = np.asarray(figures, np.float64)
+  values = values[~np.isnan(values)]
+  n = len(values)
+  mean = float(values.mean()) if n else float("nan")
+  sd = float(values.std(ddof=1)) if n > 1 else float("nan")
   half = float(stats.t.ppf(0.975, max(1, n - 1))) * sd / max(1, n) ** 0.5
   return {
     "mean": mean,
