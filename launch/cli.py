@@ -8,14 +8,21 @@ slow to import in `main`, so that what is wrong with a command is said at once.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from fairdiff_jax import cluster, recipes
 from fairdiff_jax import config as configs
-from fairdiff_jax import recipes
 
+flags.DEFINE_bool(
+  "compilation_cache",
+  True,
+  "Keep compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR, or"
+  " else in the user's cache.",
+)
 CHECKPOINT = (  # a flag of all that use what a run has learned
   *("checkpoint", None),
   "best (on validation), last, or STEP; default best where there is one, else"
@@ -36,7 +43,8 @@ def run(
   FileNotFoundError), for a step that is not finite (FloatingPointError) and for
   an optional package that is missing (ImportError), and flags that cannot be
   read are printed as `error: ...` with exit status 1; --verbosity=1 shows their
-  traceback. Anything else is a fault and keeps its traceback.
+  traceback. Anything else is a fault and keeps its traceback. Of a cluster, the
+  other processes end as well.
 
   Args:
     main: called with the arguments that are no flags.
@@ -56,13 +64,42 @@ def run(
   def guarded(argv: Sequence[str]) -> int | None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # the libraries' INFO is long
+    if flags.FLAGS["compilation_cache"].value:
+      keep_compiled()
     try:
-      return main(argv[1:])
+      status = main(argv[1:])
+      cluster.leave()
+      return status
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
       logging.debug("Traceback", exc_info=True)
       return _fail(error)
+    except Exception as error:
+      if not _in_cluster():
+        raise
+      traceback.print_exc()
+      return _fail(error)
 
   app.run(guarded, flags_parser=parse)
+
+
+def keep_compiled() -> None:
+  """Has JAX, not imported yet, keep what it compiles, for the user alone.
+
+  Where JAX_COMPILATION_CACHE_DIR says, or else in XDG_CACHE_HOME or ~/.cache.
+  Programs are code: a directory that others might write to is not used.
+  """
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  directory = os.path.join(cache, "fairdiff_jax")
+  try:
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.chmod(directory, 0o700)
+  except OSError:  # no home, or not this user's
+    return
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+  # Small programs are many, and most of a start.
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def config(*, optional: bool = False) -> ConfigDict | None:
@@ -134,7 +171,10 @@ def _take(argv, name):
 def _help(module, takes_config, arguments):
   script = sys.modules[module]
   lines = [script.__doc__ or "", "Flags:"]
-  for flag in flags.FLAGS.get_key_flags_for_module(script):
+  for flag in [
+    *flags.FLAGS.get_key_flags_for_module(script),
+    flags.FLAGS["compilation_cache"],
+  ]:
     default = "" if flag.default is None else f" (default: {flag.default})"
     lines.append(f"  --{flag.name:<14} {flag.help}{default}")
   if arguments:
@@ -157,13 +197,18 @@ def _help(module, takes_config, arguments):
   return "\n".join(lines)
 
 
+def _in_cluster() -> bool:
+  jax = sys.modules.get("jax")
+  return bool(jax and jax.distributed.is_initialized())
+
+
 def _fail(error: Exception) -> int:
   lines = [line.rstrip() for line in str(error).splitlines()]
   print("error:", "\n".join(filter(None, lines)), file=sys.stderr)
-  jax = sys.modules.get("jax")
-  if jax and jax.distributed.is_initialized():
+  if _in_cluster():
     # An orderly end would wait for the other processes, which wait for this.
     sys.stdout.flush()
     sys.stderr.flush()
+    cluster.fail(error)
     os._exit(1)
   return 1

@@ -19,6 +19,7 @@ COMMANDS = {
   "study": "compare methods over seeds, on data or on phantoms",
   "export": "hand over weights, a program and a model card",
   "import-weights": "turn published weights into what image.weights names",
+  "doctor": "say whether the devices at hand can be trusted",
   "compile": "compile the joint step for TPUs that are not here",
 }
 

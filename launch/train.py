@@ -12,6 +12,8 @@ from its newest checkpoint, say so; what was changed is recorded:
 from absl import flags
 from fairdiff_jax.launch import cli
 
+from fairdiff_jax import cluster
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 CONTINUE = flags.DEFINE_bool(
   "continue", False, "Go on with another config than the run had so far."
@@ -27,6 +29,12 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
 PROCESS = flags.DEFINE_integer("process", None, "Index of this process.")
+SILENCE = flags.DEFINE_float(
+  "silence",
+  cluster.TIMEOUT,
+  "Seconds after which a silent process ends them all.",
+  lower_bound=1,
+)
 flags.mark_flag_as_required("workdir")
 
 
@@ -37,8 +45,9 @@ def main(_):
   from fairdiff_jax.run import Run
 
   if DISTRIBUTED.value:
-    jax.distributed.initialize(
-      COORDINATOR.value, PROCESSES.value, PROCESS.value
+    cluster.join(
+      *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
+      timeout=SILENCE.value,
     )
   complete = Run(WORKDIR.value, config).train(
     proceed=CONTINUE.value, wandb=WANDB.value

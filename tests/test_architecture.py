@@ -10,6 +10,7 @@ PACKAGE = "fairdiff_jax"
 
 # What each part may import, besides itself.
 ALLOWED = {
+  "cluster": [],
   "files": [],
   "layout": [],
   "fields": [],
@@ -24,11 +25,13 @@ ALLOWED = {
 ALLOWED["objectives"] = ["files", "data", "models", "pretrained", "diffusion"]
 ALLOWED["objectives"] += ["fairness"]
 ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config", "layout"]
+ALLOWED["training"] += ["cluster"]
 ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
 ALLOWED["evaluation"] = [*ALLOWED["synthesis"], "synthesis"]
 ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
 ALLOWED["handover"] = [*ALLOWED["evaluation"], "evaluation", "__version__"]
 ALLOWED["run"] = [*ALLOWED["handover"], "handover", "experiment"]
+ALLOWED["doctor"] = ["models", "training", "__version__"]
 ALLOWED["study"] = [*ALLOWED["experiment"], "experiment"]
 
 

@@ -164,16 +164,16 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("kind", [FloatingPointError, ImportError])
 def test_what_a_user_can_mend_is_an_error_of_theirs(kind, monkeypatch, capsys):
-  monkeypatch.syspath_prepend(str(ROOT / "launch"))
-  import cli
+  from fairdiff_jax.launch import cli
 
   def main(_):
     raise kind("step 2 is not finite;\n  lower it")
 
   monkeypatch.setattr(cli.app, "run", lambda guarded, **_: guarded([""]))
   monkeypatch.setattr(cli.sys, "argv", ["script"])
+  flag = type("Flag", (), {"present": 1, "value": False})
   monkeypatch.setattr(
-    cli.flags, "FLAGS", {"verbosity": type("F", (), {"present": 1})}
+    cli.flags, "FLAGS", {"verbosity": flag, "compilation_cache": flag}
   )
   cli.run(main)
   said = "error: step 2 is not finite;\n  lower it\n"

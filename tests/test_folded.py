@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from fairdiff_jax.models import folded as forms
 from fairdiff_jax.models.folded import FoldedConv
 from fairdiff_jax.models.unet import depth_to_space, space_to_depth
 
@@ -13,7 +14,12 @@ from fairdiff_jax.models.unet import depth_to_space, space_to_depth
   "fold, strides", [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)]
 )
 @pytest.mark.parametrize("cells", [(1, 1), (1, 3), (5, 2)])
-def test_a_folded_convolution_is_the_plain_one(fold, strides, cells):
+@pytest.mark.parametrize("form", [forms._folded, forms._unfolded])
+def test_a_folded_convolution_is_the_plain_one(
+  monkeypatch, form, fold, strides, cells
+):
+  for name in ("_folded", "_unfolded"):  # whatever the platform is
+    monkeypatch.setattr(forms, name, form)
   rng = np.random.default_rng(0)
   height, width = (fold * n for n in cells)
   x = rng.normal(size=(2, height, width, 3)).astype(np.float32)
@@ -46,3 +52,16 @@ def test_a_folded_convolution_is_the_plain_one(fold, strides, cells):
   )
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
     assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+
+
+def test_a_cpu_multiplies_no_zeros():
+  folded = FoldedConv(5, 4)
+  x = jax.ShapeDtypeStruct((1, 2, 2, 48), np.float32)
+  variables = jax.eval_shape(folded.init, jax.random.key(0), x)
+  traced = jax.jit(folded.apply).trace(variables, x)
+
+  def multiplies_zeros(platform):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return "tensor<3x3x48x80xf32>" in text
+
+  assert multiplies_zeros("tpu") and not multiplies_zeros("cpu")

@@ -79,3 +79,27 @@ def test_the_kernel_attends():
       found = run(fused_attention._splash_attention)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
     assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("tokens, context", [(9, 9), (33, 7), (1, 5)])
+def test_head_by_head_is_attention(tokens, context):
+  rng = np.random.default_rng(0)
+  query, key, value, weight = (
+    rng.normal(size=(3, n, 2, 5)).astype(np.float32)
+    for n in (tokens, context, context, tokens)
+  )
+
+  def compute(attend):
+    y, vjp = jax.vjp(attend, query, key, value)
+    return y, vjp(weight)
+
+  found = compute(fused_attention._attention_by_heads)
+  want = compute(jax.nn.dot_product_attention)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+    assert np.linalg.norm(a - b) <= 1e-6 * max(np.linalg.norm(b), 1)
+
+
+def test_a_cpu_attends_head_by_head():
+  texts = {p: _lowered(p, None, 8, 64, 77) for p in ("cpu", "tpu", "cuda")}
+  weights = "8x2x64x77x"  # of all heads at once
+  assert {p for p, text in texts.items() if weights in text} == {"tpu", "cuda"}

@@ -223,3 +223,35 @@ def test_values_are_checked_before_anything_runs(script, arguments, message):
   assert done.returncode == 1
   assert done.stderr.startswith(f"error: {message}"), done.stderr
   assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"JAX_COMPILATION_CACHE_DIR": "/own"}])
+def test_what_is_compiled_is_kept_for_the_user_alone(
+  tmp_path, monkeypatch, given
+):
+  from fairdiff_jax.launch import cli
+
+  environment = {"XDG_CACHE_HOME": str(tmp_path)} | given
+  monkeypatch.setattr(cli.os, "environ", environment)
+  directory = tmp_path / "fairdiff_jax"
+  cli.keep_compiled()
+  if given:
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == "/own"
+    assert not directory.exists()
+    return
+  assert environment["JAX_COMPILATION_CACHE_DIR"] == str(directory)
+  assert directory.stat().st_mode & 0o777 == 0o700
+  directory.chmod(0o777)
+  environment.pop("JAX_COMPILATION_CACHE_DIR")
+  cli.keep_compiled()
+  assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_home_nothing_is_kept(tmp_path, monkeypatch):
+  from fairdiff_jax.launch import cli
+
+  (tmp_path / "file").touch()
+  environment = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+  monkeypatch.setattr(cli.os, "environ", environment)
+  cli.keep_compiled()
+  assert environment == {"XDG_CACHE_HOME": str(tmp_path / "file")}

@@ -2,10 +2,12 @@
 
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
 from fairdiff_jax.data import loader, mixture
+from fairdiff_jax.training.mesh import host_slice
 
 GROUP = np.array([0] * 2 + [1] * 6 + [2] * 3 + [-1])
 NAMES = ("A", "B", "C")
@@ -159,10 +161,15 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not np.array_equal(first["image"], other["image"])
 
 
-def test_host_slices_make_the_global_batch():
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_any_number_of_processes_draws_the_same_cases(monkeypatch, processes):
   pool = make_pool()
   whole = batch(pool, step=2)
-  parts = [batch(pool, step=2, rows=slice(i, i + 2)) for i in (0, 2, 4, 6)]
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  parts = []
+  for i in range(processes):
+    monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+    parts.append(batch(pool, step=2, rows=host_slice(8)))
   for key, value in whole.items():
     joined = np.concatenate([part[key] for part in parts])
     np.testing.assert_array_equal(joined, value)

@@ -3,15 +3,21 @@
 Accelerators work on tiles of 128 channels: a convolution of 16 of them at
 512 x 512 pixels leaves most of a tile empty. On f x f pixels folded into
 channels the same numbers come from a convolution of f^2 times as many, whose
-kernel is mostly zeros.
+kernel is mostly zeros. A CPU has no tiles to fill and would multiply the zeros,
+so there the pixels are unfolded for a plain convolution.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fairdiff_jax.models.unet import depth_to_space, space_to_depth
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 def _taps(fold: int, strides: int) -> np.ndarray:
@@ -27,6 +33,31 @@ def _taps(fold: int, strides: int) -> np.ndarray:
       cell, row = divmod(strides * pixel + tap - 1, fold)
       taps[cell + 1, row, tap, pixel] = 1
   return taps
+
+
+def _folded(x, kernel, *, fold, strides):
+  taps = _taps(fold, strides).astype(x.dtype)
+  cells, features = len(taps), (fold // strides) ** 2 * kernel.shape[-1]
+  return jax.lax.conv_general_dilated(
+    x,
+    jnp.einsum("artp,bsuq,tuio->abrsipqo", taps, taps, kernel).reshape(
+      cells, cells, x.shape[-1], features
+    ),
+    window_strides=(1, 1),
+    padding=((1, cells - 2),) * 2,
+    dimension_numbers=DIMENSIONS,
+  )
+
+
+def _unfolded(x, kernel, *, fold, strides):
+  y = jax.lax.conv_general_dilated(
+    depth_to_space(x, fold),
+    kernel,
+    window_strides=(strides, strides),
+    padding=((1, 1), (1, 1)),
+    dimension_numbers=DIMENSIONS,
+  )
+  return space_to_depth(y, fold // strides)
 
 
 class FoldedConv(nn.Module):
@@ -53,7 +84,6 @@ class FoldedConv(nn.Module):
 
     Both in the order of `space_to_depth`.
     """
-    out = self.fold // self.strides
     kernel = self.param(
       "kernel",
       nn.initializers.lecun_normal(),
@@ -61,15 +91,13 @@ class FoldedConv(nn.Module):
     )
     bias = self.param("bias", nn.initializers.zeros, (self.channels,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    taps = _taps(self.fold, self.strides).astype(x.dtype)
-    cells = len(taps)
-    y = jax.lax.conv_general_dilated(
+    sizes = {"fold": self.fold, "strides": self.strides}
+    y = jax.lax.platform_dependent(
       x,
-      jnp.einsum("artp,bsuq,tuio->abrsipqo", taps, taps, kernel).reshape(
-        cells, cells, x.shape[-1], out**2 * self.channels
-      ),
-      window_strides=(1, 1),
-      padding=((1, cells - 2),) * 2,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      kernel,
+      # What one form keeps for the backward pass, the other keeps as zeros:
+      # let it be the input alone.
+      cpu=jax.checkpoint(partial(_unfolded, **sizes)),
+      default=partial(_folded, **sizes),
     )
-    return y + jnp.tile(bias, out**2)
+    return y + jnp.tile(bias, (self.fold // self.strides) ** 2)

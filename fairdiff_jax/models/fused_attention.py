@@ -6,11 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel,
-  splash_attention_mask,
-)
 from jax.sharding import PartitionSpec
+
+from fairdiff_jax.models.attention import attend
 
 SPLASH_BLOCK = 1024  # tokens at a time of the TPU's attention
 
@@ -41,6 +39,12 @@ def _splash_attention(query, key, value):
   The compiler cannot split a kernel over devices: each runs it on its share of
   the batch, over the axes of the mesh in context (`jax.set_mesh`).
   """
+  # Imported late: a second that only a TPU has use for.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+  )
+
   _, tokens, num_heads, head_size = query.shape
   block = math.gcd(tokens, SPLASH_BLOCK)
   mask = splash_attention_mask.FullMask((tokens, tokens))
@@ -57,12 +61,12 @@ def _splash_attention(query, key, value):
   shard = PartitionSpec(jax.sharding.get_abstract_mesh().auto_axes)
 
   @partial(jax.shard_map, in_specs=shard, out_specs=shard, check_vma=False)
-  def attend(query, key, value):
+  def on_shard(query, key, value):
     query *= jnp.asarray(head_size**-0.5, query.dtype)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)
 
-  return attend(query, key, value)
+  return on_shard(query, key, value)
 
 
 def _splash_fits(query, key) -> bool:
@@ -78,22 +82,32 @@ def _splash_fits(query, key) -> bool:
   )
 
 
+def _attention_by_heads(query, key, value):
+  """One head after the other, whose weights stay in a CPU's cache.
+
+  The backward pass computes the weights again: that is cheaper than to fetch
+  them from memory.
+  """
+  heads = [jnp.moveaxis(x, 2, 0)[:, :, None] for x in (query, key, value)]
+  y = jax.lax.map(lambda head: jax.checkpoint(attend)(*head), heads)
+  return jnp.moveaxis(y[:, :, 0], 0, 2)
+
+
 def fused_attention(
   query: jax.Array, key: jax.Array, value: jax.Array
 ) -> jax.Array:
   """Attention of [B, N, H, D] to [B, M, H, D], fused where a kernel fits.
 
   On GPUs by cuDNN, on TPUs by a Pallas kernel, each chosen by the layer's size
-  when the program is lowered for a platform; otherwise the compiler's own.
+  when the program is lowered for a platform; on CPUs head by head; otherwise
+  the compiler's own.
   """
   plain = partial(jax.nn.dot_product_attention, implementation="xla")
-  kernels = {}
+  kernels = {"cpu": _attention_by_heads}
   if attention_implementation(query.shape[-1], query.dtype) == "cudnn":
     kernels["cuda"] = partial(
       jax.nn.dot_product_attention, implementation="cudnn"
     )
   if _splash_fits(query, key):
     kernels["tpu"] = _splash_attention
-  if not kernels:
-    return plain(query, key, value)
   return jax.lax.platform_dependent(query, key, value, default=plain, **kernels)

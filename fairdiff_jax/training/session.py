@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fairdiff_jax import cluster, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.layout import Layout
 from fairdiff_jax.training import schedule
@@ -331,6 +331,7 @@ class Session:
 
   def advance(self, step: int, state: TrainState, metrics: dict[str, Any]):
     """Takes what a step gave, and waits for the step before."""
+    cluster.at(step)
     self.state = state
     self._settle()
     self._pending = step, metrics
