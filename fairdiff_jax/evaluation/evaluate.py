@@ -18,7 +18,13 @@ from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
-from fairdiff_jax.evaluation import realism, report, results, segmentation
+from fairdiff_jax.evaluation import (
+  matched,
+  realism,
+  report,
+  results,
+  segmentation,
+)
 from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.layout import Layout
@@ -117,6 +123,47 @@ def agreement(
   return result
 
 
+def realism_of(
+  test: Cases,
+  group: np.ndarray,
+  synthetic: Mapping[str, np.ndarray],
+  names: Sequence[str],
+  predictors: Mapping[str, Predictor],
+) -> dict[str, dict[str, Any]]:
+  """How synthetic cases look beside test cases, by every measure.
+
+  Args:
+    test: real cases, which neither generators nor segmenters have seen.
+    group: names of their groups.
+    synthetic: `image`, `mask` and `group` names.
+    names: of the groups.
+    predictors: segmenters by name; the baseline's features are taken, which
+      has seen no synthetic case, or else those of the first.
+
+  Returns:
+    Group, or 'all' -> what `realism.compare` and `matched.compare` give.
+  """
+  real = {
+    "image": test.image,
+    "mask": test.mask,
+    "group": group,
+    "patient": np.array(test.patient or test.name),
+    "features": None,
+  }
+  result = realism.compare(real, synthetic, test.domain.regions, names)
+  extractor = next((n for n in (BASELINE, *predictors) if n in predictors), "")
+  if extractor and len(test.name) and len(synthetic["group"]):
+    see = predictors[extractor].features
+    real["features"] = see(test.image)
+    synthetic = {**synthetic, "features": see(synthetic["image"])}
+  found = matched.compare(real, synthetic, test.domain, names)
+  for name, row in found.items():
+    if "features" in row:
+      row["features"] = {"extractor": extractor, **row["features"]}
+    result[name] |= row
+  return result
+
+
 def _mean(values: Sequence[float] | np.ndarray) -> float:
   """Mean of the values that are known; NaN where none is."""
   known = np.asarray(values, float)
@@ -207,8 +254,7 @@ def evaluate(
       "mask": generated.mask,
       "group": np.array(names)[group],
     }
-    real = {"image": test.image, "mask": test.mask, "group": cases["group"]}
-    realistic = realism.compare(real, synthetic, domain.regions, names)
+    realistic = realism_of(test, cases["group"], synthetic, names, predictors)
     agreements = {
       name: agreement(
         {

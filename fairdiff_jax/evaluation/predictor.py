@@ -55,11 +55,17 @@ class Predictor:
     self._channels = trained.domain.channels
     self._mesh = run.mesh
     self.batch_size = batch_size or config.evaluation.batch_size
-    function = jax.jit(
-      run.objective.tasks["segmenter"].logits,
-      out_shardings=NamedSharding(run.mesh, PartitionSpec()),
+    task, variables = (
+      run.objective.tasks["segmenter"],
+      trained.inference.network("segmenter"),
     )
-    self._function = partial(function, trained.inference.network("segmenter"))
+    self._function, self._pooled = (
+      partial(
+        jax.jit(of, out_shardings=NamedSharding(run.mesh, PartitionSpec())),
+        variables,
+      )
+      for of in (task.logits, task.features)
+    )
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Classes uint8 [n, H, W] of prepared images uint8 [n, H, W(, 3)]."""
@@ -68,6 +74,17 @@ class Predictor:
       rows = slice(i, i + self.batch_size)
       labels[rows] = self._logits(images[rows]).argmax(-1)
     return labels
+
+  def features(self, images: np.ndarray) -> np.ndarray:
+    """What the network sees in prepared images, pooled: float32 [n, F]."""
+    chunks = [
+      map_batch(
+        *(self._pooled, [normalize(images[i : i + self.batch_size])]),
+        *(self._mesh, self.batch_size),
+      )
+      for i in range(0, len(images), self.batch_size)
+    ]
+    return np.concatenate(chunks)
 
   def _logits(self, images: np.ndarray) -> np.ndarray:
     """Scores float32 [b, H, W, classes] of at most a batch."""

@@ -59,7 +59,7 @@ class Results:
       subject's) `[n, H, W]`; where there is none, `group` `[n]` names.
     synthetic: `image` `[m, H, W]` uint8, or RGB, `mask` `[m, H, W]`, `group`
       `[m]` names.
-    realism: what `realism.compare` gives.
+    realism: what `realism.compare` and `matched.compare` give.
     agreement: segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
       its Dice in [0, 1] on synthetic and real cases, and their ratio.
     counts: group -> source ('real', 'synthetic') -> number of training cases.
