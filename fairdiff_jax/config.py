@@ -30,6 +30,7 @@ NOT_COMPARED = (
   "data.domain",
   "data.words",
   "data.pooled",
+  "data.allow_synthetic",
   "image.weights",
   "segmenter.weights",
 )
@@ -227,6 +228,9 @@ FIELDS: dict[str, Any] = dict(
       "of the segmenter's cases: shapes, tones and noise, or lightly shapes"
       " alone; generators see upright ones",
       *("none", "light"),
+    ),
+    allow_synthetic=_flag(
+      False, "training cases may be synthetic ones, of an export"
     ),
     phantom=dict(
       train=_whole(100, "training cases, in Harvard-FairSeg's proportions"),

@@ -165,7 +165,12 @@ def test_an_export_can_be_prepared(exported, tmp_path):
   report = prepare.check(exported, progress=False)
   assert (report.usable, report.set_aside) == (11, [])
   report = prepare.build(
-    exported, tmp_path, size=(32, 32), num_points=64, progress=False
+    exported,
+    tmp_path,
+    size=(32, 32),
+    num_points=64,
+    allow_synthetic=True,
+    progress=False,
   )
   assert report.counts["train"]["race"] == {
     "Asian": 5,

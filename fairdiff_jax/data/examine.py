@@ -233,7 +233,11 @@ def report_on(
     },
     set_aside=set_aside,
     left_out=dict(left_out),
-    notes=[*source.notes(used), *_structure_notes(used, domain)],
+    notes=[
+      *source.notes(used),
+      *_synthetic_notes(used),
+      *_structure_notes(used, domain),
+    ],
     round_trip={
       structure: {"mean": float(column.mean()), "least": float(column.min())}
       for structure, column in zip(measured, dice.T, strict=True)
@@ -259,6 +263,15 @@ def _measured(domain: Domain) -> list[str]:
     if i in domain.parents
   ]
   return [*domain.names, *own]
+
+
+def _synthetic_notes(used: Mapping[str, Found]) -> list[str]:
+  made_up = [name for name, found in used.items() if found.case.synthetic]
+  if not made_up:
+    return []
+  return [
+    f"{len(made_up)} cases are synthetic, not real patients: {named(made_up)}."
+  ]
 
 
 def _structure_notes(used: Mapping[str, Found], domain: Domain) -> list[str]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data import groups
-from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
@@ -225,6 +225,7 @@ def evaluate(
       f" {layout.workdir} was trained on ({expected[:12]}); put those back"
     )
   train = load(data, "train")
+  require_training(train, "the report's generators")
   test = _load_test(data, train)
   train_group, test_group = (case_groups(config, c) for c in (train, test))
   domain = train.domain
@@ -497,7 +498,12 @@ def _load_test(directory: Path, train: Cases) -> Cases:
   image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
   attributes = {name: codes[:0] for name, codes in train.attributes.items()}
   return train._replace(
-    name=[], image=image, mask=mask, points=points, attributes=attributes
+    split="test",
+    name=[],
+    image=image,
+    mask=mask,
+    points=points,
+    attributes=attributes,
   )
 
 
