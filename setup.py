@@ -61,6 +61,12 @@ setup(
       "ruff",
       "setuptools",
     ],
-    "parity": ["diffusers", "segment-anything", "torch", "transformers"],
+    "parity": [
+      "diffusers",
+      "segment-anything",
+      "torch",
+      "torch-fidelity",
+      "transformers",
+    ],
   },
 )

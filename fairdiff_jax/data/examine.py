@@ -107,7 +107,7 @@ def examine(
       points = np.zeros_like(points)
     elif not absent:
       points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
-    image, mask = resize(case.image, size), _resize_mask(mask, size, domain)
+    image, mask = resize(case.image, size), resize_mask(mask, size, domain)
     if strict:
       _require_shown(case.mask, mask, domain)
     codes = case.attributes
@@ -174,7 +174,7 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   return cv2.resize(image, (size[1], size[0]), interpolation=method)
 
 
-def _resize_mask(
+def resize_mask(
   mask: np.ndarray, size: Sequence[int], domain: Domain = FUNDUS
 ) -> np.ndarray:
   """Resizes a mask [H0, W0] to [H, W] by nested area vote."""

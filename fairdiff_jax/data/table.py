@@ -277,8 +277,29 @@ def _read_mask(row: Row, domain: Domain, shape: tuple[int, ...]) -> np.ndarray:
   path = row.masks[0]
   if path is None:
     return np.zeros(shape, np.uint8)
-  label, classes = pixels(path), domain.value_classes
-  mask = np.zeros(shape, np.uint8)
+  return _classes(pixels(path), domain, path)
+
+
+def read_label(path: Path, domain: Domain) -> np.ndarray:
+  """A label image as classes uint8 [H, W].
+
+  Raises:
+    NotAsDeclared: it holds a value that no structure has.
+    ValueError: it cannot be read, or is none.
+  """
+  label = _pixels(path, label=True)
+  if label.ndim == 3 and (label == label[..., :1]).all():
+    label = label[..., 0]
+  if label.ndim != 2:
+    raise ValueError(
+      f"{path} has shape {label.shape}; needed is a label image [H, W]"
+    )
+  return _classes(label, domain, path)
+
+
+def _classes(label: np.ndarray, domain: Domain, path: Path) -> np.ndarray:
+  classes = domain.value_classes
+  mask = np.zeros(label.shape, np.uint8)
   for value in np.unique(label):
     if value not in classes:
       raise NotAsDeclared(

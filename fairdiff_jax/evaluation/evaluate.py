@@ -20,6 +20,7 @@ from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
 from fairdiff_jax.evaluation import (
   matched,
+  privacy,
   realism,
   report,
   results,
@@ -40,14 +41,14 @@ REPORT = 2  # tells the noise of a report's cases from that of banks
 
 
 def synthesize(
-  trained: Trained, per_group: int, anatomy: Anatomy
+  trained: Trained, per_group: int, anatomy: Anatomy | None
 ) -> tuple[Generated, np.ndarray, list[str]]:
   """Fresh synthetic cases of every group, made as a bank's are.
 
   Args:
     trained: the run.
     per_group: how many; as many as have a sound mask are left.
-    anatomy: the training cases.
+    anatomy: the training cases; None to make cases of noise alone.
 
   Returns:
     The cases, their groups [n], and a sentence for every group that lacks some.
@@ -164,6 +165,60 @@ def realism_of(
   return result
 
 
+def privacy_of(
+  trained: Trained,
+  train: Cases,
+  test: Cases,
+  group: tuple[np.ndarray, np.ndarray],
+  generated: Generated,
+  predictors: Mapping[str, Predictor],
+  per_group: int,
+) -> tuple[dict[str, Any], dict[str, list[results.Pair]]]:
+  """How near synthetic cases are to training patients.
+
+  Args:
+    trained: the run.
+    train: the training cases.
+    test: real cases that nothing has learned from.
+    group: of these and of those.
+    generated: synthetic cases that are made as a bank's.
+    predictors: segmenters by name, of which one gives features.
+    per_group: cases of noise alone to make, where a bank's are not: so an
+      export's are.
+
+  Returns:
+    Source -> what `Privacy.measure` gives, and the nearest pairs.
+  """
+  names = [n for n in (BASELINE, *predictors) if n in predictors]
+  see = predictors[names[0]].features if names else None
+  sources = {"as in the bank": generated}
+  bank = trained.config.bank
+  networks = {"points", "image"} <= trained.setup.objective.tasks.keys()
+  if (bank.strength < 1 or bank.masks != "generated") and networks:
+    sources["as exported"] = synthesize(trained, per_group, None)[0]
+  try:
+    against = privacy.Privacy(train, see)
+  except ValueError:  # too few patients
+    return {}, {}
+  figures, pairs = {}, {}
+  for source, cases in sources.items():
+    figures[source] = against.measure(cases.image, cases.mask, test, *group)
+    near = against.near(cases.image, cases.mask)
+    pairs[source] = [
+      results.Pair(
+        distance,
+        train.name[real],
+        (cases.image[made], train.image[real]),
+        (cases.mask[made], train.mask[real]),
+      )
+      for made, real, distance in privacy.closest(near, results.PAIRS)
+    ]
+    figures[source]["pairs"] = [
+      {"real": pair.name, "distance": pair.distance} for pair in pairs[source]
+    ]
+  return figures, pairs
+
+
 def _mean(values: Sequence[float] | np.ndarray) -> float:
   """Mean of the values that are known; NaN where none is."""
   known = np.asarray(values, float)
@@ -242,7 +297,7 @@ def evaluate(
   if test.name:
     predictions = {k: predict(test.image) for k, predict in predictors.items()}
   cases = _shown(test, test_group, names, predictions)
-  synthetic, agreements, realistic = None, None, None
+  synthetic, agreements, realistic, private, pairs = None, None, None, {}, {}
   if generates and evaluation.synthetic_per_group:
     generated, group, missing = synthesize(
       trained,
@@ -256,6 +311,10 @@ def evaluate(
       "group": np.array(names)[group],
     }
     realistic = realism_of(test, cases["group"], synthetic, names, predictors)
+    private, pairs = privacy_of(
+      *(trained, train, test, (train_group, test_group)),
+      *(generated, predictors, evaluation.synthetic_per_group),
+    )
     agreements = {
       name: agreement(
         {
@@ -280,6 +339,8 @@ def evaluate(
     cases=cases,
     synthetic=synthetic,
     realism=realistic,
+    privacy=private,
+    pairs=pairs,
     agreement=agreements,
     counts=counts,
     epoch=results.epoch(

@@ -23,6 +23,7 @@ from fairdiff_jax.evaluation.page import (
 from fairdiff_jax.evaluation.results import CURVE, Results
 from fairdiff_jax.evaluation.synthetic_sections import (
   agreement,
+  privacy,
   real_beside_synthetic,
   realism,
 )
@@ -423,6 +424,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
   browse,
   real_beside_synthetic,
   realism,
+  privacy,
   agreement,
   training_cases,
   epoch,
