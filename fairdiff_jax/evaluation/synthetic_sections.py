@@ -202,8 +202,8 @@ def privacy(results: Results) -> Section | None:
     " and compared with every training image and its mirror; features are those"
     " of the segmenter above. Of independent cases 1% are closer than 1% of"
     " real patients are to each other, and the attack has an AUC of 0.5; of"
-    " copies all are, and it has 1. A bank's cases may start from real patients, and"
-    " never leave the run; an export's start from noise, and pass a gate."
+    " copies all are, and it has 1. A bank's cases may start from real ones,"
+    " and never leave the run; an export's start from noise, and pass a gate."
   )
   return Section("Privacy", body, note)
 
