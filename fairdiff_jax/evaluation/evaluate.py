@@ -19,12 +19,12 @@ from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
 from fairdiff_jax.evaluation import (
-  matched,
   privacy,
   realism,
   report,
   results,
   segmentation,
+  trust,
 )
 from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.fairness.metrics import Definitions, dice
@@ -98,7 +98,9 @@ def agreement(
 
   Returns:
     group (or 'all', the mean over groups) -> class -> {'synthetic', 'real',
-    'ratio'}; NaN where there is no case, and for the ratio to 0.
+    'ratio', 'below': the share of synthetic cases below the 1% quantile of the
+    group's real ones}; NaN where there is no case, for the ratio to 0, and for
+    the share with fewer than `MIN_CASES` real ones.
   """
   sides = {
     "synthetic": (generated.mask, found["synthetic"], synthetic_group),
@@ -107,116 +109,36 @@ def agreement(
   result: dict[str, dict[str, dict[str, float]]] = {}
   for cls in test.domain.parts:
     code = test.domain.reported_classes[cls]
-    means = {
-      side: [_mean(scores[group == g]) for g in range(len(names))]
-      for side, (label, prediction, group) in sides.items()
+    made, seen = (
+      [scores[group == g] for g in range(len(names))]
+      for label, prediction, group in sides.values()
       for scores in [dice(label, prediction, code, empty)]
-    }
+    )
+    figures = np.array(
+      [
+        [_mean(a), _mean(b), _below(a, b)]
+        for a, b in zip(made, seen, strict=True)
+      ]
+    )
     for i, name in enumerate((*names, "all")):
-      synthetic, real = (
-        _mean(of) if name == "all" else of[i] for of in means.values()
+      synthetic, real, below = (
+        _mean(of) if name == "all" else float(of[i]) for of in figures.T
       )
       result.setdefault(name, {})[cls] = {
         "synthetic": synthetic,
         "real": real,
         "ratio": synthetic / real if real > 0 else math.nan,
+        "below": below,
       }
   return result
 
 
-def realism_of(
-  test: Cases,
-  group: np.ndarray,
-  synthetic: Mapping[str, np.ndarray],
-  names: Sequence[str],
-  predictors: Mapping[str, Predictor],
-) -> dict[str, dict[str, Any]]:
-  """How synthetic cases look beside test cases, by every measure.
-
-  Args:
-    test: real cases, which neither generators nor segmenters have seen.
-    group: names of their groups.
-    synthetic: `image`, `mask` and `group` names.
-    names: of the groups.
-    predictors: segmenters by name; the baseline's features are taken, which
-      has seen no synthetic case, or else those of the first.
-
-  Returns:
-    Group, or 'all' -> what `realism.compare` and `matched.compare` give.
-  """
-  real = {
-    "image": test.image,
-    "mask": test.mask,
-    "group": group,
-    "patient": np.array(test.patient or test.name),
-    "features": None,
-  }
-  result = realism.compare(real, synthetic, test.domain.regions, names)
-  extractor = next((n for n in (BASELINE, *predictors) if n in predictors), "")
-  if extractor and len(test.name) and len(synthetic["group"]):
-    see = predictors[extractor].features
-    real["features"] = see(test.image)
-    synthetic = {**synthetic, "features": see(synthetic["image"])}
-  found = matched.compare(real, synthetic, test.domain, names)
-  for name, row in found.items():
-    if "features" in row:
-      row["features"] = {"extractor": extractor, **row["features"]}
-    result[name] |= row
-  return result
-
-
-def privacy_of(
-  trained: Trained,
-  train: Cases,
-  test: Cases,
-  group: tuple[np.ndarray, np.ndarray],
-  generated: Generated,
-  predictors: Mapping[str, Predictor],
-  per_group: int,
-) -> tuple[dict[str, Any], dict[str, list[results.Pair]]]:
-  """How near synthetic cases are to training patients.
-
-  Args:
-    trained: the run.
-    train: the training cases.
-    test: real cases that nothing has learned from.
-    group: of these and of those.
-    generated: synthetic cases that are made as a bank's.
-    predictors: segmenters by name, of which one gives features.
-    per_group: cases of noise alone to make, where a bank's are not: so an
-      export's are.
-
-  Returns:
-    Source -> what `Privacy.measure` gives, and the nearest pairs.
-  """
-  names = [n for n in (BASELINE, *predictors) if n in predictors]
-  see = predictors[names[0]].features if names else None
-  sources = {"as in the bank": generated}
-  bank = trained.config.bank
-  networks = {"points", "image"} <= trained.setup.objective.tasks.keys()
-  if (bank.strength < 1 or bank.masks != "generated") and networks:
-    sources["as exported"] = synthesize(trained, per_group, None)[0]
-  try:
-    against = privacy.Privacy(train, see)
-  except ValueError:  # too few patients
-    return {}, {}
-  figures, pairs = {}, {}
-  for source, cases in sources.items():
-    figures[source] = against.measure(cases.image, cases.mask, test, *group)
-    near = against.near(cases.image, cases.mask)
-    pairs[source] = [
-      results.Pair(
-        distance,
-        train.name[real],
-        (cases.image[made], train.image[real]),
-        (cases.mask[made], train.mask[real]),
-      )
-      for made, real, distance in privacy.closest(near, results.PAIRS)
-    ]
-    figures[source]["pairs"] = [
-      {"real": pair.name, "distance": pair.distance} for pair in pairs[source]
-    ]
-  return figures, pairs
+def _below(synthetic: np.ndarray, real: np.ndarray) -> float:
+  """Share of synthetic scores below the 1% quantile of real ones."""
+  a, b = (x[np.isfinite(x)] for x in (synthetic, real))
+  if not len(a) or len(b) < realism.MIN_CASES:
+    return math.nan
+  return float((a < np.quantile(b, privacy.QUANTILE)).mean())
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
@@ -310,10 +232,20 @@ def evaluate(
       "mask": generated.mask,
       "group": np.array(names)[group],
     }
-    realistic = realism_of(test, cases["group"], synthetic, names, predictors)
-    private, pairs = privacy_of(
-      *(trained, train, test, (train_group, test_group)),
-      *(generated, predictors, evaluation.synthetic_per_group),
+    extractor = next(
+      (n for n in (BASELINE, *predictors) if n in predictors), ""
+    )
+    see = predictors[extractor].features if extractor else None
+    realistic = trust.realism_of(
+      *(test, cases["group"], synthetic, names, see, extractor)
+    )
+    sources = {"as in the bank": generated}
+    if config.bank.strength < 1 or config.bank.masks != "generated":
+      if {"points", "image"} <= tasks:
+        fresh = synthesize(trained, evaluation.synthetic_per_group, None)[0]
+        sources["as exported"] = fresh
+    private, pairs = trust.privacy_of(
+      *(sources, train, test, (train_group, test_group), see)
     )
     agreements = {
       name: agreement(

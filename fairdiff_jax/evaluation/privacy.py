@@ -31,6 +31,7 @@ from fairdiff_jax.evaluation.realism import LEVEL, auc
 
 SIDE = 64  # pixels of an image's longer side, at most, where it is compared
 QUANTILE = 0.01
+FEWEST = 3  # training patients: one's own, the nearest, and a second
 BATCH = 64  # images at a time
 PIXELS, FEATURES = "pixels", "features"
 
@@ -181,7 +182,7 @@ class Privacy:
     see: images uint8 -> features [n, F]; None to compare pixels alone.
 
   Raises:
-    ValueError: they are no training cases, or of fewer than 3 patients.
+    ValueError: they are no training cases, or of fewer than `FEWEST` patients.
   """
 
   def __init__(self, train: Cases, see=None):
@@ -189,9 +190,9 @@ class Privacy:
     self.train, self._see = train, see
     names = np.array(train.patient or train.name)
     patient = np.unique(names, return_inverse=True)[1]
-    if patient.max(initial=0) < 2:
+    if len(np.unique(names)) < FEWEST:
       raise ValueError(
-        "privacy is measured against at least 3 training patients, not"
+        f"privacy is measured against at least {FEWEST} training patients, not"
         f" {len(np.unique(names))}"
       )
     mirrored = train.image[:, :, ::-1]

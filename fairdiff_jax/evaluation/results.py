@@ -80,8 +80,9 @@ class Results:
     privacy: source of synthetic cases -> what `privacy.Privacy.measure` gives,
       and `pairs`.
     pairs: source -> the nearest pairs.
-    agreement: segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
-      its Dice in [0, 1] on synthetic and real cases, and their ratio.
+    agreement: segmenter -> group -> class -> {`synthetic`, `real`, `ratio`,
+      `below`}: its Dice in [0, 1] on synthetic and real cases, their ratio, and
+      the share of synthetic cases below the real 1% quantile.
     counts: group -> source ('real', 'synthetic') -> number of training cases.
     epoch: what `epoch` gives.
     log: path of a `metrics.jsonl`; a notice says if it cannot be read.

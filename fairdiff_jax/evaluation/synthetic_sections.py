@@ -212,7 +212,7 @@ def agreement(results: Results) -> Section | None:
   """Dice of each segmenter on synthetic and on real cases."""
   if not results.agreement:
     return None
-  blocks, head, keys = {}, ["Group"], ("synthetic", "real", "ratio")
+  blocks, head, keys = {}, ["Group"], ("synthetic", "real", "ratio", "below")
   for segmenter, groups in segmentation.json_ready(results.agreement).items():
     rows = blocks[f"Seen by {segmenter}"] = []
     for group, classes in groups.items():
@@ -220,12 +220,15 @@ def agreement(results: Results) -> Section | None:
       for value in classes.values():
         row += [Cell(number(value[key])) for key in keys[:2]]
         row.append(Cell(number(value["ratio"], 1, 2)))
+        row.append(Cell(number(value.get("below"))))
       rows.append(row)
       pairs = [(cls, key) for cls in classes for key in keys]
       head = ["Group", *(Cell(cls.title(), key) for cls, key in pairs)]
   note = (
     "Dice of a segmenter on synthetic and on real cases, in points. A ratio"
     " near 1 says that it finds the mask in the image as well as in real ones."
+    " Below: the share of synthetic cases, in %, that are below 99% of the"
+    " group's real ones; 1 is chance."
   )
   body = table("Agreement by segmenter and group", head, blocks)
   return Section("Agreement of synthetic images with their masks", body, note)
