@@ -58,7 +58,8 @@ def test_an_image_that_does_not_show_its_mask_is_refused(people, gate):
   noise = np.random.default_rng(0).integers(0, 256, fresh.image.shape)
   group = fresh.attributes["race"]
   found = gate.check(noise.astype(np.uint8), fresh.mask, group)
-  assert set(found) == {"the image does not show its mask"}
+  assert all(found)
+  assert "the image does not show its mask" in found
   other = gate.check(fresh.image, np.roll(fresh.mask, 9, 1), group)
   assert all(other)
 

@@ -2,9 +2,10 @@
 
 Of npz files' patients they are files of Harvard-FairSeg's current release; of a
 table's they are PNG files, with `cases.csv` and `domain.json`. The directory
-can be prepared and trained on like any other. Every npz file says that it is
-synthetic and how many clouds were drawn for it, as does the manifest, and what
-each was made from, and its SHA-256. A chunk of `bank.batch_size` cases
+can be prepared and trained on like any other. Every file says that it is
+synthetic and what it was made from, as does the manifest, with its SHA-256, and
+a data card says what there is. No case starts from a real patient; what a gate
+refuses is drawn again. A chunk of `bank.batch_size` cases
 is made whole, so that an export that was stopped goes on to the very same files
 (on devices of the same kind and number). What is there is kept if it is what
 was written, and else named: nothing is overwritten.

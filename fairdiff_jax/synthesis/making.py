@@ -85,8 +85,12 @@ def read_masks(trained: Trained, directory: str | Path) -> Given:
     mask = table.read_label(path, domain)
     if mask.shape != size:
       mask = resize_mask(mask, size, domain)
-    if not mask.any():
-      raise ValueError(f"{path} shows no structure at {size[0]} x {size[1]}")
+    absent = [name for name, of in domain.split(mask).items() if not of.any()]
+    strict = not domains.is_table(trained.config.data.source)
+    if (strict and absent) or len(absent) == len(domain.names):
+      raise ValueError(
+        f"{path} shows no {' and no '.join(absent)} at {size[0]} x {size[1]}"
+      )
     masks.append(mask)
   return Given(
     [p.name for p in paths], [files.sha256(p) for p in paths], np.stack(masks)
@@ -106,10 +110,8 @@ class Maker:
     self._ratios = ratios
     self._generate = None
     config = trained.config.data
-    self.domain, self.names = (
-      trained.domain,
-      trained.setup.objective.group_names,
-    )
+    self.domain = trained.domain
+    self.names = trained.setup.objective.group_names
     self.as_table = domains.is_table(config.source)
     self._words = vocabulary_of(config)
 
@@ -234,8 +236,10 @@ def _again(maker: Maker, line, out: Path, given: Given | None) -> Path:
   path = maker.path(out, line["file"])
   for directory in (path.parent, *((out / LABELS,) if maker.as_table else ())):
     directory.mkdir(parents=True, exist_ok=True)
+  known = path.exists()
   if maker.write(out, line, case.image[0], case.mask[0]) != line["sha256"]:
-    path.unlink()
+    if not known:
+      path.unlink()
     raise ValueError(
       f"case {number} was made again, but its bytes are not those that were"
       " written: devices of another kind or number"
