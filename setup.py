@@ -63,6 +63,12 @@ setup(
       "ruff",
       "setuptools",
     ],
-    "parity": ["diffusers", "segment-anything", "torch", "transformers"],
+    "parity": [
+      "diffusers",
+      "segment-anything",
+      "torch",
+      "torch-fidelity",
+      "transformers",
+    ],
   },
 )

@@ -235,7 +235,8 @@ class Run:
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labelled synthetic patients of some groups.
 
-    They are those that `fairdiff sample` writes for the same counts and seed.
+    They are those that `fairdiff sample` writes for the same counts and seed,
+    where its gate lets all of them pass; these have passed none.
 
     >>> import fairdiff_jax
     >>> run = fairdiff_jax.Run("runs/first")

@@ -65,7 +65,7 @@ def load(
     with contextlib.suppress(OSError, ValueError):
       cases = _mapped(folder, report)
       if _digest(cases) == digest:
-        return cases
+        return cases._replace(split=split)
     shutil.rmtree(folder, ignore_errors=True)
   with _reading(directory):
     cases, what = None, (builder.as_data_source(split), report)
@@ -81,7 +81,7 @@ def load(
     if digest not in (None, _digest(cases)):
       shutil.rmtree(folder, ignore_errors=True)
       raise ValueError("its cases are not those that were prepared")
-  return cases
+  return cases._replace(split=split)
 
 
 def num_cases(directory: str | os.PathLike, split: str) -> int:

@@ -26,13 +26,8 @@ from fairdiff_jax.data.attributes import DIALECTS
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.evaluation.segmentation import key
-from fairdiff_jax.synthesis.export import (
-  AGAIN,
-  MANIFEST,
-  REQUEST,
-  made_beside,
-  require_request,
-)
+from fairdiff_jax.synthesis.export import MANIFEST, REQUEST, require_request
+from fairdiff_jax.synthesis.making import AGAIN, made_beside
 from fairdiff_jax.synthesis.sheet import SHOWN, contact_sheet, outlined
 from fairdiff_jax.training.checkpoint import fingerprint
 from fairdiff_jax.training.trained import Trained

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fairdiff_jax import files
-from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.synthesis import sheet
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
@@ -63,6 +63,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     A mask that stays unsound is left out, with a notice. It raises ValueError
     if more than half of a group's are, or the bank that is there is damaged.
   """
+  require_training(cases, "the bank")
   real_group = case_groups(run.config, cases)
   anatomy = Anatomy(cases.image, cases.mask, real_group)
   real = {
