@@ -151,7 +151,8 @@ def _bootstrap(
     g: _resampled_means(of, num_resamples, rng) for g, of in strata.items()
   }
   noise = [of.noise() for g, of in strata.items() if g >= 0]
-  return _figures(means, strata, definition, np.mean(noise or [0.0], 0))
+  noise_of_mean = np.mean(noise, 0) if noise else 0.0
+  return _figures(means, strata, definition, noise_of_mean)
 
 
 def _exchange(
@@ -289,14 +290,15 @@ def _known(
 ) -> _Patients:
   """The patients of the cases `[n, k]` that are known of all measures."""
   known = ~np.isnan(values).any(1)
+  of = None
   if patient is not None:
-    patient = np.asarray(patient)
-    if patient.shape != group.shape:
+    of = np.asarray(patient)
+    if of.shape != group.shape:
       raise ValueError(
-        f"patient must be [n] as group, got {patient.shape} and {group.shape}"
+        f"patient must be [n] as group, got {of.shape} and {group.shape}"
       )
-    patient = patient[known] if known.any() else None
-  return _patients(values[known], group[known], patient)
+    of = of[known] if known.any() else None
+  return _patients(values[known], group[known], of)
 
 
 def intervals(
@@ -354,7 +356,7 @@ def intervals(
       return UNDEFINED
     return _interval(resampled[key][:, 0], level, n)
 
-  sizes = {kind: None for kind in _kinds(lower_is_better)}
+  sizes: dict[str, int | None] = dict.fromkeys(_kinds(lower_is_better))
   sizes["overall"] = len(patients.cases)
   return {
     **{kind: interval(kind, n) for kind, n in sizes.items()},
