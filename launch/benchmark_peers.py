@@ -14,7 +14,7 @@ A step is forward pass, loss, backward pass and optimiser; those of segmenters
 also average the parameters, which their peers' do not.
 
   point       the flow VAE of FairDiff; a step on 48 clouds of 512 points, and
-              4 clouds drawn in 100 steps
+              4 clouds drawn in `points.sample_steps`, the peer's in 100
   controlnet  U-Net and ControlNet of 64, 128 and 256 channels (27,149,652
               parameters) on 2 latents of 32 x 32, against diffusers
   transunet, samed

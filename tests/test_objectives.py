@@ -393,6 +393,16 @@ def test_an_image_depends_on_its_own_key_alone(objective, state):
   assert len({float(x.mean()) for x in one}) == 8
 
 
+@pytest.mark.parametrize("asked, taken", [(3, 3), (20, 4)])
+def test_clouds_take_as_many_steps_as_asked(state, asked, taken):
+  config = make_config(**{"points.sample_steps": asked})
+  sample = make_objective(config, GROUPS, ("points",)).tasks["points"].sample
+  program = jax.make_jaxpr(sample)(
+    variables(state, "points"), jnp.array([0, -1]), keys_of(range(2))
+  )
+  assert f"length={taken}\n" in str(program)
+
+
 def test_samples_have_the_data_s_shape_and_range(objective, state):
   keys, group = keys_of(range(2)), jnp.array([0, -1])
   clouds = objective.tasks["points"].sample(

@@ -6,6 +6,10 @@ r"""Risk of the mask generator: a flow VAE over point clouds.
 from the posterior and p(z|g) a normalising flow. Clouds enter in pixels and
 are normalised by the training set's mean and one common standard deviation. A
 cloud of zeros stands for none: such a case has weight 0 here.
+
+Clouds are drawn by ancestral sampling with fewer steps than T: at a fifth of
+them, Chamfer MMD and coverage and the sizes of masks are those of all steps, up
+to what another seed makes of them.
 """
 
 import jax
@@ -27,8 +31,8 @@ def points_task(config, num_groups: int, axis_name: str | None = None) -> Task:
   """The mask generator `phi`.
 
   Args:
-    config: network sizes, `num_points`, `num_steps`, `beta_start`,
-      `beta_end`, `kl_weight`.
+    config: network sizes, `num_points`, `num_steps`, `sample_steps`,
+      `beta_start`, `beta_end`, `kl_weight`.
     num_groups: G.
     axis_name: mapped axis that batch normalisation spans under `pmap`.
 
@@ -106,7 +110,7 @@ def points_task(config, num_groups: int, axis_name: str | None = None) -> Task:
       step_keys,
       schedule=schedule,
       prediction="eps",
-      num_steps=config.num_steps,
+      num_steps=min(config.sample_steps, config.num_steps),
     )
     return cloud * variables.frozen["std"] + variables.frozen["mean"]
 
