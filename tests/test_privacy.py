@@ -7,7 +7,9 @@ import pytest
 
 from fairdiff_jax.data import phantom
 from fairdiff_jax.data.cases import Cases
-from fairdiff_jax.evaluation import privacy, segmentation
+from fairdiff_jax.evaluation import privacy, results, segmentation, trust
+from fairdiff_jax.evaluation import synthetic_sections as sections
+from fairdiff_jax.synthesis.generate import Generated
 
 
 def draw(seed, number, split="train"):
@@ -131,3 +133,51 @@ def test_membership_by_hand_and_by_group():
 def test_test_cases_are_no_members(people):
   with pytest.raises(ValueError, match="was given the test cases"):
     privacy.Privacy(people[1])
+
+
+def generated(cases):
+  n = len(cases.name)
+  return Generated(cases.image, cases.mask, np.ones(n, int), np.full(n, ""))
+
+
+def test_a_report_shows_the_nearest_pairs(people):
+  train, test = people
+  group = train.attributes["race"], test.attributes["race"]
+  sources = {"as in the bank": generated(train), "as exported": generated(test)}
+  private, pairs = trust.privacy_of(sources, train, test, group, see)
+  assert private["as in the bank"]["spaces"]["pixels"]["closer"] == 1
+  assert [pair.distance for pair in pairs["as in the bank"]] == [0] * 6
+  made = results.Results(
+    title="t", models={}, reason="none", privacy=private, pairs=pairs
+  )
+  stored = made.to_json()["privacy"]["as exported"]["pairs"]
+  assert [p["real"] for p in stored] == [p.name for p in pairs["as exported"]]
+  json.dumps(made.to_json())
+  section = sections.privacy(made)
+  assert section.body.count("half of a nearest pair") == 2 * 12
+  assert "Against 90 training patients, with 60 held out" in section.note
+  few = {"as in the bank": generated(train).take(slice(3))}
+  assert trust.privacy_of(few, train, test, group, see) == ({}, {})
+
+
+def test_a_report_shows_distances_of_features_and_masks(people):
+  train, test = people
+  names = ("A", "B", "C")
+  synthetic = {
+    "image": train.image,
+    "mask": train.mask,
+    "group": np.array(names)[train.attributes["race"]],
+  }
+  real = np.array(names)[test.attributes["race"]]
+  found = trust.realism_of(test, real, synthetic, names, see, "the baseline")
+  assert found.keys() == {*names, "all"}
+  features = found["all"]["features"]
+  assert features["extractor"] == "the baseline"
+  low, high = features["kid_interval"]
+  assert low < 0 < high
+  made = results.Results(title="t", models={}, reason="none", realism=found)
+  body = sections.realism(made).body
+  for text in ("the baseline, pooled", "KID", "1-NNA", "COV, published"):
+    assert text in body
+  without = trust.realism_of(test, real, synthetic, names, None, "")
+  assert "features" not in without["all"] and "clouds" in without["all"]

@@ -242,7 +242,8 @@ def evaluate(
       *(test, cases["group"], synthetic, names, see, extractor)
     )
     sources = {"as in the bank": generated}
-    if config.bank.strength < 1 or config.bank.masks != "generated":
+    anew = config.bank.strength < 1 or config.bank.masks != "generated"
+    if anew and len(group) >= realism.MIN_CASES:
       if {"points", "image"} <= tasks:
         fresh = synthesize(trained, evaluation.synthetic_per_group, None)[0]
         sources["as exported"] = fresh

@@ -68,9 +68,10 @@ def privacy_of(
 
   Returns:
     Source -> what `Privacy.measure` gives, and the nearest pairs; nothing with
-    too few patients.
+    too few patients, or fewer than `MIN_CASES` cases of a source.
   """
-  if len({*(train.patient or train.name)}) < privacy.FEWEST:
+  few = len({*(train.patient or train.name)}) < privacy.FEWEST
+  if few or any(len(c.image) < realism.MIN_CASES for c in sources.values()):
     return {}, {}
   against = privacy.Privacy(train, see)
   figures, pairs = {}, {}
