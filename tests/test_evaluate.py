@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs.phantom import get_config
+from fairdiff_jax import array_files, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.data import prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import evaluate as evaluation
@@ -207,7 +207,7 @@ def fill(workdir, step, group):
   blank = np.zeros((len(group), 32, 32), np.uint8)
   bank = Synthetic(blank, blank, np.array(group, np.int32), np.zeros(3, int))
   with files.new_directory(directory) as temporary:
-    files.write(temporary / "cases.npz", files.npz_bytes(bank._asdict()))
+    files.write(temporary / "cases.npz", array_files.npz_bytes(bank._asdict()))
     digest = files.sha256(temporary / "cases.npz")
     files.write(temporary / "bank.json", json.dumps({"sha256": digest}))
   return directory

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 from fairdiff_jax.data import attributes
 from fairdiff_jax.data.cases import Case
 
@@ -55,10 +55,12 @@ def read_case(path: str | os.PathLike) -> Case:
   """
   keys = {key for keys in attributes.KEYS.values() for key in keys}
   keys.add(SYNTHETIC)
-  values = files.read_npz(path, keys, limit=MOST_VALUE)
+  values = array_files.read_npz(path, keys, limit=MOST_VALUE)
   codes, dialect, unread = _read_attributes(values, path)
   form = attributes.DIALECTS[dialect]
-  arrays = files.read_npz(path, (form.image, form.mask), limit=MOST_PIXELS)
+  arrays = array_files.read_npz(
+    path, (form.image, form.mask), limit=MOST_PIXELS
+  )
   image = _check_image(arrays[form.image], f"{path}: {form.image}")
   mask = _check_mask(arrays[form.mask], f"{path}: {form.mask}")
   if image.shape != mask.shape:
@@ -114,7 +116,7 @@ def write_case(
     key: np.str_(value) if isinstance(value, str) else np.int64(value)
     for key, value in (stored | extra).items()
   }
-  files.write(path, files.npz_bytes(pixels | values))
+  files.write(path, array_files.npz_bytes(pixels | values))
 
 
 def write_summary(

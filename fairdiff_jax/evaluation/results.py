@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from fairdiff_jax import array_files, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.mixture import group_sizes, training_pool
@@ -346,7 +346,7 @@ def epoch(
   sizes = group_sizes(group, len(names), size=fairness.group_size)
   if bank is not None:
     try:
-      sizes = files.read_npz(bank / CASES, ("sizes",))["sizes"]
+      sizes = array_files.read_npz(bank / CASES, ("sizes",))["sizes"]
     except (OSError, ValueError):
       sizes = None
     if sizes is None or not sum(synthetic):
