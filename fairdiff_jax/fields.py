@@ -222,6 +222,7 @@ FIELDS: dict[str, Any] = dict(
     flow_width=_whole(256, "width of a coupling net"),
     decoder_widths=_wholes((128, 256, 512, 256, 128), "pointwise denoiser"),
     num_steps=_whole(100, "diffusion steps T"),
+    sample_steps=_whole(20, "sampling steps; T where that is less"),
     beta_start=_positive(1e-4, "linear schedule"),
     beta_end=_positive(0.02, "linear schedule"),
     kl_weight=_real(1e-4, "of the posterior against the prior"),
