@@ -1,7 +1,7 @@
 """Cases: one at native size, many that are prepared, and some not read yet."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -61,6 +61,18 @@ class Cases(NamedTuple):
   patient: Sequence[str] = ()
   intensity: np.ndarray | None = None
   split: str = "train"
+
+  def none(self, split: str) -> Self:
+    """No case, of a split, but otherwise as these."""
+    rows = {key: getattr(self, key)[:0] for key in ("image", "mask", "points")}
+    return self._replace(
+      **rows,
+      name=[],
+      attributes={key: codes[:0] for key, codes in self.attributes.items()},
+      patient=(),
+      intensity=None,
+      split=split,
+    )
 
 
 def require_training(cases: Cases, what: str) -> None:

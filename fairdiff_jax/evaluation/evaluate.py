@@ -203,7 +203,7 @@ def evaluate(
     )
   train = load(data, "train")
   require_training(train, "the report's generators")
-  test = _load_test(data, train)
+  test = load(data, "test") if num_cases(data, "test") else train.none("test")
   train_group, test_group = (case_groups(config, c) for c in (train, test))
   domain = train.domain
   bank, counts, notices = _read_bank(config, layout, trained.step, names)
@@ -514,20 +514,6 @@ def _run_facts(
     "data strategy": config.fairness.strategy,
     "seed": config.seed,
   }
-
-
-def _load_test(directory: Path, train: Cases) -> Cases:
-  """The test cases; no case where the data has no such split."""
-  if num_cases(directory, "test"):
-    return load(directory, "test")
-  image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
-  attributes = {name: codes[:0] for name, codes in train.attributes.items()}
-  return train._replace(
-    **{"name": [], "image": image, "mask": mask, "points": points},
-    split="test",
-    attributes=attributes,
-    patient=(),
-  )
 
 
 def _digest(cases: Cases) -> str:

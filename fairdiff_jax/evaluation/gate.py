@@ -149,15 +149,7 @@ def make_gate(trained: Trained) -> TrustGate:
   }
   train = cases["train"]
   judges = cases.get("validation", train)
-  none = train._replace(
-    split="test",
-    name=[],
-    patient=(),
-    image=train.image[:0],
-    mask=train.mask[:0],
-    attributes={k: v[:0] for k, v in train.attributes.items()},
-  )
-  held_out = cases.get("test", cases.get("validation", none))
+  held_out = cases.get("test", cases.get("validation", train.none("test")))
   return TrustGate(
     *(train, judges, held_out, trained.setup.objective.group_names),
     tuple(case_groups(config, c) for c in (train, judges, held_out)),

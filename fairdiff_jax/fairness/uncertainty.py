@@ -16,15 +16,7 @@ true one by v on average, and in a resample by 2 v. Without a correction, where
 87% to 42% of the time instead of 95%, a bias-corrected or basic one 82% to
 91%, and a percentile interval of the gap never. So the group means of a
 resample are first drawn together about their mean until s² is less by 2 v, or
-0.
-
-Coverage of 95% intervals, by `launch/benchmark_intervals.py` with 50 to 500
-cases a group: of a group mean 93% to 95% (BCa is no better: 93.0% against
-92.7% with 50 cases of which 5% are failures); of ES 93% to 98.6%; of the gap
-93% to 95% where it is large against the noise, and nearly always where the
-groups are equal: there it is too wide, and its test finds less than it could.
-The plain ES is on average too low and the plain gap too high, so they tend
-towards that end of their interval.
+0 (their coverage: docs/methods.md).
 
 With few cases a resample knows nothing that they do not: four that happen to
 gain alike would give p = 0.001. So the p of a mean of fewer than
@@ -552,10 +544,5 @@ def over_seeds(figures: Sequence[float] | np.ndarray) -> dict:
   mean = float(values.mean()) if n else float("nan")
   sd = float(values.std(ddof=1)) if n > 1 else float("nan")
   half = float(stats.t.ppf(0.975, max(1, n - 1))) * sd / max(1, n) ** 0.5
-  return {
-    "mean": mean,
-    "sd": sd,
-    "n": n,
-    "low": mean - half,
-    "high": mean + half,
-  }
+  ends = {"low": mean - half, "high": mean + half}
+  return {"mean": mean, "sd": sd, "n": n, **ends}
