@@ -65,7 +65,7 @@ class Cluster:
 
     What fails in a collective is mostly another process, which is silent soon.
     """
-    time.sleep(1.5 * self._timeout)
+    time.sleep(2 * self._timeout)
 
   def close(self):
     """This process has done its part: no more beats of it are awaited."""
@@ -211,8 +211,10 @@ def fail(error: BaseException) -> None:
   """Tells the others of an error, if there are any, so that they end too."""
   if not _joined:
     return
-  if type(error).__name__ == "JaxRuntimeError" and (
-    "RESOURCE_EXHAUSTED" not in str(error)
+  text = str(error)
+  if "Gloo" in text or (
+    type(error).__name__ == "JaxRuntimeError"
+    and "RESOURCE_EXHAUSTED" not in text
   ):
     _joined.blame()
   _joined.fail(error)
