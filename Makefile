@@ -1,5 +1,5 @@
 # make quickstart   installs, trains the three networks on phantoms, reports
-# make test         installs, checks style, runs the tests
+# make test         installs, checks style and types, runs the tests
 # make parity       tests the published networks, against their PyTorch peers
 # make study        compares the methods on phantoms, with seeds (hours)
 # PYTHON=python3.12 chooses another interpreter.
@@ -40,6 +40,7 @@ study: install
 lint: $(TESTING)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 test: lint
 	$(VENV)/bin/python -m pytest tests --ignore=tests/parity

@@ -58,10 +58,17 @@ setup(
       "fairmedfm",
       "hypothesis",
       "medpy",
+      "mypy",
       "pytest-xdist",
       "ruff",
       "setuptools",
     ],
-    "parity": ["diffusers", "segment-anything", "torch", "transformers"],
+    "parity": [
+      "diffusers",
+      "segment-anything",
+      "torch",
+      "torch-fidelity",
+      "transformers",
+    ],
   },
 )

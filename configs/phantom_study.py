@@ -50,7 +50,7 @@ _WARPED = {
 }
 
 REFERENCE, CEILING = "Repeat Sample", "balanced real data"
-METHODS = {
+_CHANGES = {
   "ERM": _ALONE,
   REFERENCE: _ALONE | {"fairness.strategy": "repeat_sample"},
   "GroupDRO": _ALONE | {"fairness.method": "group_dro"},
@@ -64,7 +64,7 @@ METHODS = {
 }
 METHODS = {
   name: {"data.phantom.train": PATIENTS} | changes
-  for name, changes in METHODS.items()
+  for name, changes in _CHANGES.items()
 }
 # The methods whose generators, up to the step of their only bank, are the
 # same, so that they are trained once.

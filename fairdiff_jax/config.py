@@ -31,6 +31,7 @@ NOT_COMPARED = (
   "data.domain",
   "data.words",
   "data.pooled",
+  "data.allow_synthetic",
   "image.weights",
   "segmenter.weights",
 )

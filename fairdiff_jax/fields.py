@@ -202,6 +202,9 @@ FIELDS: dict[str, Any] = dict(
       " alone; generators see upright ones",
       *("none", "light"),
     ),
+    allow_synthetic=_flag(
+      False, "training cases may be synthetic ones, of an export"
+    ),
     phantom=dict(
       train=_whole(100, "training cases, in Harvard-FairSeg's proportions"),
       balanced=_flag(False, "as many of every group instead"),

@@ -9,28 +9,19 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
 import socket
-import struct
 import threading
 import time
-import zipfile
 from collections.abc import (
-  Callable,
-  Collection,
   Iterable,
   Iterator,
-  Mapping,
   Sequence,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # takes longer to import than all else that a command needs
-  import numpy as np
+from typing import Any
 
 LEFTOVER = "incomplete_"  # how a directory is called while it is filled
 OWNER = "owner.json"  # who writes to a directory
@@ -42,16 +33,12 @@ _ABANDONED = 24 * 3600  # seconds after which another host's is no longer filled
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # Characters that the libraries below take for patterns or separators.
 _PATTERN = "[]*?{}\\"
-_HEADER = 2**14  # bytes that hold any header that NumPy reads
 # How the file starts that stands for one which Git LFS has not fetched.
 _POINTER = b"version https://git-lfs"
-# NumPy parses headers with `ast`, which fails now and then in threads of Python
-# 3.11 (SystemError, CPython issue 106905).
-_PARSING = threading.Lock()
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
   """Gives an OSError that names no file, such as of a full disk, its path."""
   try:
     yield
@@ -69,16 +56,16 @@ def write(path: str | os.PathLike, data: bytes | str) -> None:
   """
   if isinstance(data, str):
     data = data.encode()
-  with _replacing(path) as temporary:
+  with replacing(path) as temporary:
     temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
   """A name to write a file under, which is `path` when the block ends well."""
   path = Path(path)
   temporary = path.with_name(f"{LEFTOVER}{path.name}")
-  with _naming(path):
+  with naming(path):
     try:
       yield temporary
       temporary.replace(path)
@@ -99,7 +86,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
   path = Path(path)
   owner = f"{_HOST}_{os.getpid()}"  # by which `sweep` knows it
   temporary = path.with_name(f"{LEFTOVER}{path.name}_{owner}")
-  with _naming(path):
+  with naming(path):
     sweep(path.parent, path.name)
     temporary.mkdir(parents=True)
     try:
@@ -164,7 +151,7 @@ def owned(directory: str | os.PathLike) -> Iterator[None]:
   text = json.dumps(mine | {"started": _started(os.getpid())}) + "\n"
   for _ in range(2):  # the second time, where there was an owner who is gone
     try:
-      with _naming(path), path.open("x") as file:
+      with naming(path), path.open("x") as file:
         file.write(text)
       break
     except FileExistsError:
@@ -427,187 +414,3 @@ def read_csv(
   return columns, [
     dict(zip(columns, map(cell, row), strict=False)) for row in filled
   ]
-
-
-def read_npz(
-  path: str | os.PathLike,
-  names: Collection[str] | None = None,
-  *,
-  limit: int | None = None,
-  mapped: bool = False,
-) -> "dict[str, np.ndarray | None]":
-  """Reads the arrays of an npz file; nothing that could run is read.
-
-  Every header is looked at before its array is unpacked.
-
-  Args:
-    path: of the file.
-    names: of the arrays to read, None for all; others are None.
-    limit: most bytes of an array; None for no limit but the file's own.
-    mapped: whether arrays that are not compressed are memory-mapped; their
-      checksums are then not looked at.
-
-  Raises:
-    FileNotFoundError: no such file.
-    ValueError: the file or an array cannot be read, or is larger.
-  """
-  path = Path(path)
-  size = path.stat().st_size
-  again = "download or copy it again"
-  name = None
-  try:
-    with zipfile.ZipFile(path) as archive:
-      arrays: dict[str, np.ndarray | None] = {}
-      for member in archive.infolist():
-        name = member.filename.removesuffix(".npy")
-        arrays[name] = None
-        if names is None or name in names:
-          arrays[name] = _read_array(archive, member, limit, mapped)
-      return arrays
-  except _Refused as error:
-    raise ValueError(f"{path}: array {name!r} {error}") from error
-  except Exception as error:
-    where = f"array {name!r} cannot" if name else f"cannot ({size} bytes)"
-    raise ValueError(
-      f"{path}: {where} be read ({type(error).__name__}: {error}); {again}"
-    ) from error
-
-
-class _Refused(Exception):
-  """An array that is not read, and why."""
-
-
-def _read_array(
-  archive: zipfile.ZipFile,
-  member: zipfile.ZipInfo,
-  limit: int | None,
-  mapped: bool,
-) -> "np.ndarray":
-  import numpy as np
-
-  form = np.lib.format
-  readers = {
-    (1, 0): form.read_array_header_1_0,
-    (2, 0): form.read_array_header_2_0,
-  }
-  with archive.open(member) as file:
-    head = io.BytesIO(file.read(_HEADER))
-    with _PARSING:
-      version = form.read_magic(head)
-      if version not in readers:
-        raise _Refused(f"has version {version} of NumPy's format; save it anew")
-      shape, fortran, dtype = readers[version](head)
-    if dtype.hasobject:
-      raise _Refused(
-        "holds pickled objects, which are refused because they can run code;"
-        " save it as numbers"
-      )
-    claimed = math.prod(shape) * dtype.itemsize
-    present = member.file_size - head.tell()
-    if claimed != present:
-      raise _Refused(
-        f"claims {claimed} bytes and has {present}; download or copy it again"
-      )
-    if limit is not None and claimed > limit:
-      raise _Refused(
-        f"has {claimed / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that"
-        " such an array may have; is it the right file?"
-      )
-    order = "F" if fortran else "C"
-    if mapped and claimed and member.compress_type == zipfile.ZIP_STORED:
-      start = _start_of(archive, member) + head.tell()
-      array = np.memmap(archive.filename, dtype, "r", start, shape, order)
-      return np.asarray(array)
-    content = bytearray(head.read())
-    content += file.read()
-    array = np.frombuffer(content, dtype)
-  return array.reshape(shape, order=order)
-
-
-def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-  """Where the bytes of a member begin, after its local header."""
-  with open(archive.filename, "rb") as file:
-    file.seek(member.header_offset + 26)
-    lengths = struct.unpack("<2H", file.read(4))
-    return file.tell() + sum(lengths)
-
-
-@contextlib.contextmanager
-def new_npz(
-  path: str | os.PathLike,
-) -> Iterator[Callable[..., None]]:
-  """An npz file that `read_npz` can map, written array by array.
-
-  It has another name until the block ends well, as with `write`.
-
-  The block is given (name, number, row, dtype, chunks): `chunks` are arrays
-  [k, *row] that have `number` rows in all, which need not be in memory
-  together. The same arrays give the same bytes.
-
-  Raises:
-    OSError: it cannot be written; the message names it.
-  """
-  with (
-    _replacing(path) as temporary,
-    zipfile.ZipFile(temporary, "w") as archive,
-  ):
-
-    def add(name, number, row, dtype, chunks):
-      member = zipfile.ZipInfo(f"{name}.npy")
-      with archive.open(member, "w", force_zip64=True) as file:
-        append = _appender(file, path, number, tuple(row), dtype)
-        for chunk in chunks:
-          append(chunk)
-
-    yield add
-
-
-@contextlib.contextmanager
-def new_array(
-  path: str | os.PathLike, number: int, row: tuple[int, ...], dtype: Any
-) -> "Iterator[Callable[[np.ndarray], None]]":
-  """An npy file to append rows to, which may be larger than memory.
-
-  Args:
-    path: of the file.
-    number: of rows that there will be.
-    row: shape of a row.
-    dtype: of its values.
-
-  Raises:
-    OSError: it cannot be written; a full disk is told of, as it would not be
-      of a memory-mapped file.
-  """
-  path = Path(path)
-  with _naming(path), path.open("wb") as file:
-    yield _appender(file, path, number, row, dtype)
-
-
-def _appender(file, path, number, row, dtype):
-  """Writes the header of an array [number, *row]; what appends rows to it."""
-  import numpy as np
-
-  dtype = np.dtype(dtype)
-  header = {
-    "descr": np.lib.format.dtype_to_descr(dtype),
-    "fortran_order": False,
-    "shape": (number, *row),
-  }
-  np.lib.format.write_array_header_1_0(file, header)
-
-  def append(values):
-    values = np.ascontiguousarray(values, dtype)
-    if values.shape[values.ndim - len(row) :] != row:
-      raise ValueError(f"rows of {path} are {row}, not {values.shape}")
-    file.write(values.reshape(-1).view(np.uint8).data)
-
-  return append
-
-
-def npz_bytes(arrays: "Mapping[str, np.ndarray]") -> bytes:
-  """The arrays as a compressed npz file; the same arrays, the same bytes."""
-  import numpy as np
-
-  data = io.BytesIO()
-  np.savez_compressed(data, **arrays)
-  return data.getvalue()

@@ -62,7 +62,7 @@ class Run:
   ):
     self.layout = Layout(workdir)
     if config is None:
-      config = configs.load(workdir)
+      config = configs.load(self.layout.workdir)
     configs.check(config)
     self.config = config
     self._checkpoint = parse_checkpoint(checkpoint)
@@ -162,10 +162,11 @@ class Run:
       ValueError: the data is not what the run was trained on, or, if it is
         other data, not what it could have been trained on.
     """
+    place = None if out is None else Path(out)
     if data is None:
-      return evaluate.evaluate(self.trained, out, self.config.evaluation)
+      return evaluate.evaluate(self.trained, place, self.config.evaluation)
     return evaluate.evaluate_elsewhere(
-      *(self.trained, data, out, self.config.evaluation)
+      self.trained, Path(data), place, self.config.evaluation
     )
 
   def report(self, data: str | os.PathLike | None = None) -> Path:
@@ -178,7 +179,8 @@ class Run:
     Args:
       data: another prepared directory; None for the run's own.
     """
-    return evaluate.report_directory(self.layout, data)
+    place = None if data is None else Path(data)
+    return evaluate.report_directory(self.layout, place)
 
   def segment(
     self,
@@ -216,7 +218,7 @@ class Run:
         nothing; or the run has no segmenter.
     """
     whole = isinstance(images, np.ndarray)
-    if whole and (
+    if isinstance(images, np.ndarray) and (
       images.ndim < 3 or (images.ndim == 3 and images.shape[-1] in (3, 4))
     ):
       raise ValueError(
@@ -233,7 +235,8 @@ class Run:
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labelled synthetic patients of some groups.
 
-    They are those that `fairdiff sample` writes for the same counts and seed.
+    They are those that `fairdiff sample` writes for the same counts and seed,
+    where its gate lets all of them pass; these have passed none.
 
     >>> import fairdiff_jax
     >>> run = fairdiff_jax.Run("runs/first")
@@ -343,7 +346,7 @@ class Run:
       ValueError: a file in `out` is not what was written there.
     """
     return predict.predict(
-      self.trained, self._predictor(batch_size), images, out
+      self.trained, self._predictor(batch_size), Path(images), Path(out)
     )
 
   def export(self, out: str | os.PathLike) -> None:
@@ -358,7 +361,7 @@ class Run:
     Raises:
       FileExistsError: it exists.
     """
-    handover.write(self.trained, out)
+    handover.write(self.trained, Path(out))
 
   def _vocabulary(self):
     data = self.trained.config.data

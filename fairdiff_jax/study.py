@@ -19,6 +19,7 @@ from fairdiff_jax import experiment, files
 from fairdiff_jax.data import prepare
 from fairdiff_jax.evaluation import report
 from fairdiff_jax.evaluation.compare import compare_runs
+from fairdiff_jax.fields import flatten
 from fairdiff_jax.layout import Layout
 
 
@@ -198,8 +199,8 @@ def changes_of(config: ConfigDict, method: str) -> dict[str, Any]:
   if method != REPEAT_SAMPLE:
     with alone.unlocked():
       alone.fairness.method, alone.fairness.strategy = method, "none"
-  before = dict(configs.flatten(config.to_dict()))
-  after = dict(configs.flatten(alone.to_dict()))
+  before = dict(flatten(config.to_dict()))
+  after = dict(flatten(alone.to_dict()))
   return {field: v for field, v in after.items() if v != before[field]}
 
 

@@ -12,18 +12,19 @@ PACKAGE = "fairdiff_jax"
 ALLOWED = {
   "cluster": [],
   "files": [],
+  "array_files": ["files"],
   "layout": [],
   "fields": [],
   "config": ["files", "layout", "fields"],
   "recipes": ["config", "fields"],
-  "data": ["files"],
+  "data": ["files", "array_files"],
   "models": ["data"],
-  "pretrained": ["files", "models"],
+  "pretrained": ["files", "array_files", "models"],
   "diffusion": ["data", "models"],
   "fairness": ["data", "models"],
 }
-ALLOWED["objectives"] = ["files", "data", "models", "pretrained", "diffusion"]
-ALLOWED["objectives"] += ["fairness"]
+ALLOWED["objectives"] = ["files", "array_files", "data", "models", "pretrained"]
+ALLOWED["objectives"] += ["diffusion", "fairness"]
 ALLOWED["training"] = [*ALLOWED["objectives"], "objectives", "config", "layout"]
 ALLOWED["training"] += ["cluster"]
 ALLOWED["synthesis"] = [*ALLOWED["training"], "training"]
@@ -32,7 +33,7 @@ ALLOWED["experiment"] = [*ALLOWED["evaluation"], "evaluation"]
 ALLOWED["handover"] = [*ALLOWED["evaluation"], "evaluation", "__version__"]
 ALLOWED["run"] = [*ALLOWED["handover"], "handover", "experiment"]
 ALLOWED["doctor"] = ["models", "training", "__version__"]
-ALLOWED["study"] = [*ALLOWED["experiment"], "experiment"]
+ALLOWED["study"] = [*ALLOWED["experiment"], "experiment", "fields"]
 
 
 def imports(path):

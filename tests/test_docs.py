@@ -75,6 +75,15 @@ def test_every_link_and_path_is_there(page):
     assert "".join(target) in targets, f"{page.name}: make {target}"
 
 
+def test_the_readme_leads_to_every_guide():
+  text = (ROOT / "README.md").read_text()
+  for guide in [
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").glob("*.ipynb"),
+  ]:
+    assert f"(docs/{guide.name})" in text, guide.name
+
+
 def test_the_tests_are_told_of():
   """What continuous integration runs is what users are told to run."""
   (run,) = re.findall(r"^make \w+", (ROOT / ".ci/run").read_text(), re.M)

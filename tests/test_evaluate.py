@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs.phantom import get_config
+from fairdiff_jax import array_files, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.data import prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import evaluate as evaluation
@@ -171,7 +171,25 @@ def test_agreement_where_a_ratio_is_undefined():
       "all": [0.5, 0.5, 1],
     },
   )
-  np.testing.assert_equal(list(result["all"]["rim"].values()), [np.nan] * 3)
+  np.testing.assert_equal(list(result["all"]["rim"].values()), [np.nan] * 4)
+
+
+def test_images_below_nearly_all_real_ones_are_counted():
+  """Of 4 synthetic cases one is found as badly as no real one."""
+  real, made = np.zeros(100, int), np.zeros(4, int)
+  test, other = cases_of(real, 2), cases_of(made, 2)
+  found = test.mask.copy()
+  found[:, 0, 0] = 0
+  generated = Generated(
+    other.image, other.mask, np.ones(4, int), np.full(4, "")
+  )
+  seen = other.mask.copy()
+  seen[0, :3] = 0
+  result = evaluation.agreement(
+    {"synthetic": seen, "real": found},
+    *(generated, made, test, real, NAMES, "exclude"),
+  )
+  assert result["A"]["cup"]["below"] == 0.25
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
@@ -189,7 +207,7 @@ def fill(workdir, step, group):
   blank = np.zeros((len(group), 32, 32), np.uint8)
   bank = Synthetic(blank, blank, np.array(group, np.int32), np.zeros(3, int))
   with files.new_directory(directory) as temporary:
-    files.write(temporary / "cases.npz", files.npz_bytes(bank._asdict()))
+    files.write(temporary / "cases.npz", array_files.npz_bytes(bank._asdict()))
     digest = files.sha256(temporary / "cases.npz")
     files.write(temporary / "bank.json", json.dumps({"sha256": digest}))
   return directory

@@ -16,7 +16,8 @@ from configs.phantom import get_config
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import npz, prepare, statistics, storage
 from fairdiff_jax.data.attributes import ATTRIBUTES
-from fairdiff_jax.synthesis import export
+from fairdiff_jax.synthesis import card as cards
+from fairdiff_jax.synthesis import draws, export, making
 from fairdiff_jax.synthesis.generate import make_generator
 from fairdiff_jax.training.checkpoint import Checkpoints
 from fairdiff_jax.training.setup import setup
@@ -66,12 +67,12 @@ def calls(trained):
   calls = []
   generate = make_generator(trained.setup)
 
-  def counted(inference, seed, number, group):
+  def counted(inference, seed, number, group, **more):
     calls.append(number.tolist())
-    return generate(inference, seed, number, group)
+    return generate(inference, seed, number, group, **more)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(export, "make_generator", lambda run: counted)
+    patch.setattr(making, "make_generator", lambda run: counted)
     yield calls
 
 
@@ -96,8 +97,10 @@ def manifest(directory):
 
 def test_files_are_those_of_the_current_release(exported):
   assert sorted(path.name for path in exported.iterdir()) == [
+    "DATA_CARD.md",
     "contact_sheet.png",
     *FILES,
+    "data_card.json",
     "data_summary.csv",
     "manifest.jsonl",
     "request.json",
@@ -165,7 +168,12 @@ def test_an_export_can_be_prepared(exported, tmp_path):
   report = prepare.check(exported, progress=False)
   assert (report.usable, report.set_aside) == (11, [])
   report = prepare.build(
-    exported, tmp_path, size=(32, 32), num_points=64, progress=False
+    exported,
+    tmp_path,
+    size=(32, 32),
+    num_points=64,
+    allow_synthetic=True,
+    progress=False,
   )
   assert report.counts["train"]["race"] == {
     "Asian": 5,
@@ -290,6 +298,213 @@ def test_a_directory_in_use_is_refused(trained, tmp_path):
       export.export(trained, out, COUNTS)
   assert list(tmp_path.iterdir()) == [file]
   assert file.read_text() == "mine"
+
+
+class Refuse:
+  """Refuses the images that it is given."""
+
+  def __init__(self, images):
+    self.images = {image.tobytes() for image in images}
+
+  def check(self, image, mask, group):
+    return ["seen before" if x.tobytes() in self.images else "" for x in image]
+
+  def measure(self, image, mask, group):
+    return {
+      "privacy": None,
+      "agreement": {"Asian": {"mean": float(len(image)), "threshold": None}},
+    }
+
+
+@pytest.fixture(scope="module")
+def gated(exported, trained, calls, tmp_path_factory):
+  """The same cases, but that the fourth is refused at first."""
+  out = tmp_path_factory.mktemp("gated")
+  seen = npz.read_case(exported / FILES[3]).image
+  export.export(trained, out, COUNTS, seed=3, gate=Refuse([seen]))
+  return out
+
+
+def test_what_the_gate_refuses_is_drawn_again_counted_and_listed(
+  exported, gated
+):
+  lines = manifest(gated)
+  assert [line["draw"] for line in lines] == [0, 0, 0, 1] + [0] * 7
+  assert lines[3]["refused"] == ["seen before"]
+  for i, name in enumerate(FILES):
+    same = (
+      npz.read_case(gated / name).image == npz.read_case(exported / name).image
+    ).all()
+    assert same == (i != 3)
+  found = json.loads((gated / "data_card.json").read_text())
+  assert found["gate"] == {"checked": True, "refused": {"seen before": 1}}
+  assert found["agreement"]["Asian"]["mean"] == 11
+  assert "seen before: 1" in (gated / "DATA_CARD.md").read_text()
+
+
+def test_what_the_gate_always_refuses_is_not_exported(trained, calls, tmp_path):
+  class Never(Refuse):
+    def check(self, image, mask, group):
+      return ["too near a real patient in pixels"] * len(image)
+
+  message = (
+    r"2 of 2 cases were refused in all of their 3 draws \(too near a real"
+    r" patient in pixels: 6\).*--budget"
+  )
+  with pytest.raises(ValueError, match=message):
+    export.export(trained, tmp_path, ["Asian=2"], gate=Never([]), budget=3)
+  assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_case_is_made_again_from_its_line(gated, trained, calls, tmp_path):
+  calls.clear()
+  made = making.again(trained, gated / "manifest.jsonl", tmp_path, [9, 3])
+  assert calls == [[9], [3]]
+  assert [path.name for path in made] == [FILES[9], FILES[3]]
+  for path in made:
+    assert path.read_bytes() == (gated / path.name).read_bytes()
+  with pytest.raises(
+    ValueError, match="has no case 11; its numbers are 0 to 10"
+  ):
+    making.again(trained, gated / "manifest.jsonl", tmp_path, [11])
+
+
+def test_a_case_of_another_checkpoint_is_not_made_again(
+  gated, trained, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(making, "fingerprint", lambda tree: "other")
+  message = "case 2 was made with checkpoint_sha256 .* has other; give the run"
+  with pytest.raises(ValueError, match=message):
+    making.again(trained, gated / "manifest.jsonl", tmp_path, [2])
+
+
+def test_files_say_what_they_were_made_from(gated, config):
+  line = manifest(gated)[3]
+  with np.load(gated / FILES[3], allow_pickle=False) as arrays:
+    told = json.loads(str(arrays["provenance"]))
+  assert told["synthetic"] is True and told["starts_from"] == "noise"
+  assert (told["seed"], told["number"], told["draw"]) == (3, 3, 1)
+  for key in ("model", "checkpoint_sha256", "config_sha256", "sampler"):
+    assert told[key] == line[key]
+
+
+def test_a_data_card_follows_its_schema(exported, gated):
+  for directory in (exported, gated):
+    found = json.loads((directory / "data_card.json").read_text())
+    cards.check(found)
+    assert found["groups"] == {"Asian": 5, "White": 6}
+    text = (directory / "DATA_CARD.md").read_text()
+    assert found["licence"] in text and "all synthetic" in text
+  assert "passed no gate" in (exported / "DATA_CARD.md").read_text()
+  for change, message in (
+    ({"cases": "11"}, "card.cases is str, not integer"),
+    ({"more": 1}, "card has 'more', which is unknown"),
+    ({"synthetic": False}, "card.synthetic is False, not True"),
+    ({"privacy": {"synthetic": 3}}, "card.privacy"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      cards.check(found | change)
+  found.pop("licence")
+  with pytest.raises(ValueError, match="card lacks 'licence'"):
+    cards.check(found)
+
+
+def test_a_card_is_valid_by_another_reader(gated):
+  jsonschema = pytest.importorskip("jsonschema")
+  found = json.loads((gated / "data_card.json").read_text())
+  jsonschema.validate(found, cards.SCHEMA)
+  with pytest.raises(jsonschema.ValidationError):
+    jsonschema.validate(found | {"cases": None}, cards.SCHEMA)
+
+
+def test_ratios_are_met_within_the_budget(exported, trained, calls, tmp_path):
+  found = [
+    draws.measure_ratios(npz.read_case(exported / name).mask, trained.domain)
+    for name in FILES
+  ]
+  middle = float(np.median([row["cup to disc"] for row in found]))
+  request = {"ratios": [f"cup-to-disc={middle}:1"], "budget": 50}
+  export.export(trained, tmp_path / "out", ["White=8"], **request)
+  for path in sorted((tmp_path / "out").glob("*.npz")):
+    mask = npz.read_case(path).mask
+    assert (mask == 2).sum() / (mask > 0).sum() >= middle
+  again = making.again(
+    trained, tmp_path / "out" / "manifest.jsonl", tmp_path / "again", [6]
+  )
+  assert again[0].read_bytes() == (tmp_path / "out" / FILES[6]).read_bytes()
+  message = "2 of 2 cases were refused .*cup to disc not in 0.999 to 1"
+  with pytest.raises(ValueError, match=message):
+    export.export(
+      trained,
+      tmp_path / "x",
+      ["White=2"],
+      ratios=["cup to disc=.999:1"],
+      budget=1,
+    )
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("cup to rim=0:1", "of no ratio of the domain, which has 'cup to disc'"),
+    ("cup to disc=1", "is not RATIO=LOW:HIGH, such as 'cup to disc=0.3:0.6'"),
+    ("cup to disc=0.6:0.3", "is not RATIO=LOW:HIGH"),
+  ],
+)
+def test_bad_ratios(trained, tmp_path, text, message):
+  with pytest.raises(ValueError, match=message):
+    export.export(trained, tmp_path / "out", ["Asian=2"], ratios=[text])
+
+
+def test_images_of_a_users_masks(trained, tmp_path):
+  folder = tmp_path / "masks"
+  folder.mkdir()
+  for i in range(3):
+    label = np.zeros((64, 64), np.uint8)
+    cv2.circle(label, (30 + i, 32), 14, 1, -1)
+    cv2.circle(label, (30 + i, 32), 7, 2, -1)
+    cv2.imwrite(str(folder / f"{'cab'[i]}.png"), label)
+  request = {"masks": folder, "group_name": "Black", "seed": 5}
+  export.export(trained, tmp_path / "out", **request)
+  lines = manifest(tmp_path / "out")
+  assert [line["mask"] for line in lines] == ["a.png", "b.png", "c.png"]
+  assert {line["group"] for line in lines} == {"Black"}
+  columns = []
+  for line in lines:
+    mask = npz.read_case(tmp_path / "out" / line["file"]).mask
+    assert mask.shape == (32, 32) and set(np.unique(mask)) == {0, 1, 2}
+    columns.append(np.argwhere(mask).mean(0)[1])
+  assert columns[2] < columns[0] < columns[1]  # c was drawn first
+  found = json.loads((tmp_path / "out" / "data_card.json").read_text())
+  assert found["starts_from"] == "given masks"
+  (made,) = making.again(
+    *(trained, tmp_path / "out" / "manifest.jsonl", tmp_path / "again", [1]),
+    masks=folder,
+  )
+  assert made.read_bytes() == (tmp_path / "out" / made.name).read_bytes()
+  with pytest.raises(ValueError, match="was made for the mask b.png, which is"):
+    making.again(
+      trained, tmp_path / "out" / "manifest.jsonl", tmp_path / "x", [1]
+    )
+  with pytest.raises(ValueError, match="neither counts nor ratios"):
+    export.export(trained, tmp_path / "x", ["Black=1"], masks=folder)
+  with pytest.raises(FileNotFoundError, match="is not a directory"):
+    export.export(trained, tmp_path / "x", masks=tmp_path / "none")
+
+
+def test_an_export_knows_no_real_patient(trained, calls, monkeypatch, tmp_path):
+  """Whatever a bank starts from, an export's generators are given none."""
+  given = []
+
+  def make(run, anatomy=None):
+    given.append(anatomy)
+    return lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt)
+
+  monkeypatch.setattr(making, "make_generator", make)
+  assert trained.config.bank.strength < 1
+  with pytest.raises(KeyboardInterrupt):
+    export.export(trained, tmp_path / "out", ["Asian=1"])
+  assert given == [None]
 
 
 @pytest.mark.parametrize(

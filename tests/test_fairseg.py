@@ -298,6 +298,7 @@ def test_prepare_phantoms(tmp_path):
       "attribute": "race",
       "domain": "",
       "validation": 0.0,
+      "allow_synthetic": False,
       "phantom": {
         "train": 9,
         "test": 1,

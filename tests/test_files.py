@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +96,7 @@ def test_sweep_waits_a_day_for_other_hosts(tmp_path):
 def test_the_next_start_clears_what_a_killed_one_left(tmp_path):
   code = """
 import os, sys
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 with files.new_directory(sys.argv[1]) as directory:
   (directory / "half").touch()
   os.kill(os.getpid(), 9)
@@ -213,7 +213,7 @@ def test_json_lines_end_where_they_are_cut(tmp_path):
 
 
 def npz(path, **arrays):
-  path.write_bytes(files.npz_bytes(arrays))
+  path.write_bytes(array_files.npz_bytes(arrays))
   return path
 
 
@@ -225,21 +225,21 @@ def test_arrays_are_read_as_they_were(tmp_path):
     "d": np.empty((0, 4), np.uint8),
   }
   path = npz(tmp_path / "a.npz", **arrays)
-  found = files.read_npz(path)
+  found = array_files.read_npz(path)
   for name, array in arrays.items():
     assert found[name].dtype == array.dtype
     np.testing.assert_array_equal(found[name], array)
-  assert files.read_npz(path, ["a"])["b"] is None
+  assert array_files.read_npz(path, ["a"])["b"] is None
 
 
 def test_what_runs_or_is_too_large_is_refused(tmp_path):
   path = tmp_path / "a.npz"
   np.savez(path, a=np.array([{}], object))
   with pytest.raises(ValueError, match=r"a.npz: array 'a' holds pickled"):
-    files.read_npz(path)
+    array_files.read_npz(path)
   path = npz(path, a=np.zeros(10**6, np.uint8))
   with pytest.raises(ValueError, match="array 'a' has 1 MB, more than"):
-    files.read_npz(path, limit=10**5)
+    array_files.read_npz(path, limit=10**5)
 
 
 def test_a_header_that_lies_is_refused_before_it_is_believed(tmp_path):
@@ -251,7 +251,7 @@ def test_a_header_that_lies_is_refused_before_it_is_believed(tmp_path):
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("a.npy", header.getvalue() + b"12")
   with pytest.raises(ValueError, match="claims 10000000000000 bytes and has 2"):
-    files.read_npz(path)
+    array_files.read_npz(path)
 
 
 @given(st.data())
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_named_or_read(tmp_path_factory, data):
     content[position] = data.draw(st.integers(0, 255))
   path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
   try:
-    files.read_npz(path)
+    array_files.read_npz(path)
   except ValueError as error:
     assert str(path) in str(error)
 
@@ -277,7 +277,7 @@ def test_digest(tmp_path):
 
 HOLD = """
 import sys, time
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 with files.owned(sys.argv[1]):
   print("held", flush=True)
   time.sleep(60)
@@ -313,11 +313,11 @@ def test_arrays_larger_than_memory_are_written_and_mapped(tmp_path):
   path = tmp_path / "some.npz"
   rows = np.arange(24, dtype=np.int16).reshape(6, 2, 2)
   words = np.array(["", "ragged"])
-  with files.new_npz(path) as add:
+  with array_files.new_npz(path) as add:
     add("rows", 6, (2, 2), np.int16, (rows[i : i + 2] for i in (0, 2, 4)))
     add("words", 2, (), words.dtype, [words])
     add("none", 0, (3,), np.uint8, [])
-  found = files.read_npz(path, mapped=True)
+  found = array_files.read_npz(path, mapped=True)
   np.testing.assert_array_equal(found["rows"], rows)
   np.testing.assert_array_equal(found["words"], words)
   assert found["none"].shape == (0, 3)
@@ -326,9 +326,9 @@ def test_arrays_larger_than_memory_are_written_and_mapped(tmp_path):
     np.testing.assert_array_equal(archive["rows"], rows)
   path.write_bytes(path.read_bytes()[:150])
   with pytest.raises(ValueError, match=r"some\.npz.*copy it again"):
-    files.read_npz(path, mapped=True)
+    array_files.read_npz(path, mapped=True)
   with (
     pytest.raises(ValueError, match=r"are \(2,\), not \(2, 3\)"),
-    files.new_array(tmp_path / "rows.npy", 2, (2,), np.uint8) as append,
+    array_files.new_array(tmp_path / "rows.npy", 2, (2,), np.uint8) as append,
   ):
     append(np.zeros((2, 3)))

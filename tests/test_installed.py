@@ -59,7 +59,9 @@ def test_a_run_from_its_recipe_to_what_others_can_use(command):
     return done.stdout
 
   call("train", "--config", "phantom:smoke", "--workdir", "r")
-  assert "report: r/report/index.html" in call("evaluate", "--workdir", "r")
+  said = call("evaluate", "--workdir", "r", "--checkpoint", "last")
+  assert "checkpoint: last, step 8, not validated" in said
+  assert "report: r/report/index.html" in said
   photographs = command.empty / "photographs"
   photographs.mkdir()
   rng = np.random.default_rng(0)
@@ -69,8 +71,13 @@ def test_a_run_from_its_recipe_to_what_others_can_use(command):
   call("predict", "--workdir", "r", "--images", "photographs", "--out", "o")
   mask = cv2.imread(str(command.empty / "o/masks/0.png"), -1)
   assert mask.shape == (40, 50)
-  call("sample", "--workdir", "r", "--counts", "Asian=2", "--out", "s")
+  # A run that has learned nothing need not pass the gate.
+  sample = ("sample", "--workdir", "r", "--out")
+  call(*sample, "s", "--counts", "Asian=2", "--nogate")
   assert len([*(command.empty / "s").glob("*.npz")]) == 2
+  call(*sample, "t", "--again", "s/manifest.jsonl", "--only", "1")
+  (again,) = (command.empty / "t").glob("*.npz")
+  assert again.read_bytes() == (command.empty / "s" / again.name).read_bytes()
   call("export", "--workdir", "r", "--to", "x")
   assert (command.empty / "x" / "MODEL_CARD.md").is_file()
   assert (command.empty / "x/segmenter/segmenter.stablehlo").is_file()

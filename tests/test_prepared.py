@@ -28,6 +28,7 @@ def data_config(**changes):
       "split": "use",
       "crop": (),
       "validation": 0.0,
+      "allow_synthetic": False,
       "attribute": "race",
       "phantom": {
         "train": 9,

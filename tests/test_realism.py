@@ -110,6 +110,41 @@ def test_lengths_are_those_of_a_64_pixel_image():
   np.testing.assert_allclose(a["vessels"], b["vessels"], rtol=0.3)
 
 
+def test_the_interval_of_an_auc_holds_chance_as_often_as_it_says():
+  """Of 40 null draws 95% are 38; a bootstrap of the cases has 36."""
+  ends = []
+  for i in range(40):
+    rng = np.random.default_rng([i, 1])
+    ends.append(
+      realism.two_sample_auc(rng.normal(size=(24, 4)), rng.normal(size=(20, 4)))
+    )
+  value, low, high = np.transpose(ends)
+  assert np.mean((low < 0.5) & (high > 0.5)) >= 0.93
+  assert abs(value.mean() - 0.5) < 0.05
+  assert np.mean(high - low) < 0.6
+
+
+def test_cases_of_a_patient_are_in_one_fold():
+  """Twins teach a classifier nothing where both are held out."""
+  rng = np.random.default_rng(0)
+  real, synthetic = rng.normal(size=(2, 60, 8))
+  twins = np.repeat(real[:30], 2, axis=0)
+  patient = np.repeat(np.arange(30), 2)
+  _, low, high = realism.two_sample_auc(twins, synthetic, patient=patient)
+  assert low < 0.5 < high
+  assert np.isnan(realism.two_sample_auc(twins, synthetic, patient=[0] * 60)[0])
+
+
+def test_all_together_have_the_synthetic_proportions():
+  found = realism.comparable([*"AAABBBBBBC"], [*"AABD"], "ABCD")
+  assert {k: len(v[0]) for k, v in found.items()} == {
+    **{"A": 3, "B": 6, "C": 1, "D": 0},
+    "all": 4,
+  }
+  real, synthetic = found["all"]
+  assert real.tolist() == [0, 1, 2, 3] and synthetic.tolist() == [0, 1, 2]
+
+
 def test_few_cases_have_no_auc(real, fresh):
   few = {k: v[:3] for k, v in fresh.items()}
   found = compared(real, few)
@@ -141,6 +176,17 @@ def test_frechet_distance_against_the_square_root_of_a_matrix():
   expected += np.trace(covariances[0] + covariances[1] - 2 * root)
   assert realism.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
   assert realism.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_fewer_cases_than_features():
+  """By singular values, where covariances have no full rank."""
+  a, b = features(0, 12, 20), features(1, 15, 20, 0.3)
+  fewer = realism.frechet_distance(a, b)
+  ca, cb = np.cov(a.T), np.cov(b.T)
+  values = linalg.eigvals(ca @ cb).real
+  expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb)
+  expected -= 2 * np.sqrt(np.maximum(values, 0)).sum()
+  assert fewer == pytest.approx(expected, rel=1e-6)
 
 
 def test_kernel_distance_by_its_sums():

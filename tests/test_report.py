@@ -369,7 +369,7 @@ def test_parts_without_data_are_left_out(written, case, tmp_path):
     "Files",
     "Definitions",
   ]
-  assert len(headings(written[0])) == len(sections.SECTIONS) - 1
+  assert len(headings(written[0])) == len(sections.SECTIONS) - 2
   assert result["difference"] == {}
   assert ">Difference" not in (tmp_path / "index.html").read_text()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs.phantom import get_config
+from fairdiff_jax import array_files, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.evaluation import report, results, verdict
 from fairdiff_jax.experiment import baseline_config
 from fairdiff_jax.fairness import uncertainty
@@ -94,7 +94,7 @@ def test_what_an_epoch_held(tmp_path):
     fairness__strategy="repeat_sample", fairness__group_size=12
   ) == unknown | {"A": (3, 9, 0), "B": (10, 2, 0)}
   sizes = np.array([12, 8])  # as tilted to A
-  files.write(tmp_path / "cases.npz", files.npz_bytes({"sizes": sizes}))
+  files.write(tmp_path / "cases.npz", array_files.npz_bytes({"sizes": sizes}))
   assert epoch((6, 0), tmp_path, fairness__strategy="equal_scale") == (
     unknown | {"A": (3, 3, 6), "B": (8, 0, 0)}
   )

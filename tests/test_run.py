@@ -159,7 +159,7 @@ def test_rates_and_pictures_are_logged(run):
   assert told == {
     f"learning_rate/{n}" for n in ("points", "image", "segmenter")
   }
-  sheets = [*run.layout.banks.glob("step_*/sheet.png")]
+  sheets = sorted(run.layout.banks.glob("step_*/sheet.png"))
   assert sheets == [bank / "sheet.png" for bank in run.layout.filled_banks]
   (events,) = run.layout.workdir.glob("events.*")
   assert events.read_bytes().count(b"\x89PNG") >= len(sheets) > 0

@@ -390,3 +390,86 @@ def test_arguments_are_checked(change, match):
 def test_compared_runs_have_the_same_cases():
   with pytest.raises(ValueError, match="lengths"):
     uncertainty.compare([0.5, 0.6], [0.5], [0, 1], NAMES)
+
+
+def by_hand(values, group, patient, num_resamples, seed):
+  """Figures of resampled patients, one resample at a time.
+
+  Equity is 'population_std', and of group means without noise's correction.
+  """
+  rng = np.random.default_rng(seed)
+  members = {}
+  for g in np.unique(group):
+    of = np.unique(patient[group == g])
+    members[g] = [np.flatnonzero((patient == p) & (group == g)) for p in of]
+  draws = {
+    g: rng.integers(len(of), size=(num_resamples, len(of)))
+    for g, of in members.items()
+  }
+  rows = []
+  for r in range(num_resamples):
+    means = {
+      g: np.mean([values[i] for j in draws[g][r] for i in of[j]])
+      for g, of in members.items()
+    }
+    total = sum(np.mean(group == g) * mean for g, mean in means.items())
+    rows.append([total, *means.values()])
+  return np.array(rows, np.float64)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000))
+def test_patients_are_resampled_whole(seed):
+  """Two measures of unlike numbers of eyes, against a loop in float64."""
+  rng = np.random.default_rng(seed)
+  eyes = rng.integers(1, 4, 12)
+  patient = np.repeat([f"p{i:02d}" for i in range(12)], eyes)
+  group = np.repeat([0, 1, 2, -1], 3)[np.repeat(np.arange(12), eyes)]
+  order = rng.permutation(len(patient))
+  patient, group = patient[order], group[order]
+  values = rng.uniform(size=(len(patient), 2))
+  patients = uncertainty._patients(values, group, patient)
+  assert sorted(patients.cases) == sorted(eyes)
+  found = uncertainty._bootstrap(patients, 50, seed, "population_std")
+  for k in range(2):
+    expected = by_hand(values[:, k], group, patient, 50, seed)
+    keys = ["overall", -1, 0, 1, 2]
+    resampled = np.stack([found[key][:, k] for key in keys], 1)
+    np.testing.assert_allclose(resampled, expected, rtol=1e-12)
+
+
+def test_a_patient_of_one_case_is_a_case():
+  """And one whose cases are copies is no more than one of them."""
+  values, group = dice((0.6, 0.7, 0.8), (40, 50, 60))
+  other = np.clip(values + 0.03, 0, 1)
+  names = np.array([f"{i:03d}" for i in range(len(values))])
+  twice = [np.repeat(x, 2) for x in (values, other, group, names)]
+  for measure in (
+    lambda a, b, g, p: uncertainty.intervals(a, g, NAMES, patient=p, **FAST),
+    lambda a, b, g, p: uncertainty.compare(a, b, g, NAMES, patient=p, **FAST),
+  ):
+    expected = measure(values, other, group, None)
+    assert measure(values, other, group, names) == expected
+    found = measure(*twice)
+    assert found["few"] == expected["few"] == []
+    for kind in ("overall", "gap", "es"):
+      assert found[kind] == pytest.approx(expected[kind])
+    for name in NAMES:
+      row, known = found["groups"][name], expected["groups"][name]
+      if isinstance(row, dict):
+        assert row.pop("n") == 2 * known.pop("n")
+      assert row == pytest.approx(known)
+  # As if they were other patients, intervals are too narrow.
+  narrow = uncertainty.intervals(twice[0], twice[2], NAMES, **FAST)
+  whole = uncertainty.intervals(values, group, NAMES, **FAST)
+  assert np.ptp(narrow["overall"]) < 0.85 * np.ptp(whole["overall"])
+
+
+def test_few_patients_are_few_however_many_their_cases():
+  group = np.repeat([0, 1], 60)
+  patient = np.repeat(np.arange(40).astype(str), 3)
+  values = np.random.default_rng(0).uniform(size=120)
+  found = uncertainty.intervals(values, group, "AB", patient=patient, **FAST)
+  assert found["few"] == ["A", "B"]
+  with pytest.raises(ValueError, match="patient must be"):
+    uncertainty.intervals(values, group, "AB", patient=patient[:3])

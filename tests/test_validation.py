@@ -23,6 +23,8 @@ from test_loop import (  # noqa: F401
 )
 
 from fairdiff_jax import config as configs
+from fairdiff_jax.evaluation import compare, evaluate
+from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis import bank
 from fairdiff_jax.training import checkpoint, loop, session
 from fairdiff_jax.training.checkpoint import Checkpoints
@@ -31,6 +33,7 @@ from fairdiff_jax.training.schedule import (
   learning_steps,
   validations,
 )
+from fairdiff_jax.training.trained import Trained, parse_checkpoint
 from fairdiff_jax.training.validation import (
   SCORE,
   best,
@@ -332,3 +335,57 @@ def test_there_may_be_no_best(tmp_path, validated):
   assert restore(tmp_path, None) == TOTAL
   with pytest.raises(ValueError, match=r"not validated.*--checkpoint last"):
     restore(tmp_path, "best")
+
+
+def trained(history, step, last, chosen="best", **changes):
+  config = make_config(**{"evaluation.every": 1} | changes)
+  return Trained(
+    *(Layout("run"), configs.Record(config), None, step, None),
+    *(chosen, last, history),
+  )
+
+
+def test_a_report_says_what_was_taken_and_that_a_run_stopped_early():
+  history = [(3, 0.5), (4, 0.4), (5, 0.45)]
+  found = trained(history, 3, 5, **{"evaluation.patience": 2})
+  assert str(found) == "best of 3 validations, step 3, validation ES-Dice 50.0"
+  assert found.checkpoint() == {
+    **{"chosen": "best", "step": 3, "score": 0.5, "validations": 3},
+    **{"last_step": 5, "stopped_early": True},
+  }
+  assert evaluate._early("FairDiff", found) == [
+    "FairDiff stopped early, after step 5 of 6: 2 validations without a better"
+    " one (evaluation.patience)."
+  ]
+  for other in (
+    trained(history, 3, 5),
+    trained(history, 3, 5, **{"evaluation.patience": 3}),
+    trained([*history, (6, nan)], 3, 6, **{"evaluation.patience": 2}),
+  ):
+    assert not other.stopped_early and evaluate._early("FairDiff", other) == []
+  last = trained([*history, (6, nan)], 6, 6, "last")
+  assert (last.score, str(last)) == (None, "last, step 6, not validated")
+  assert str(trained([], 2, 6, "given")) == "given, step 2, not validated"
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    *((None, None), ("", None), ("best", "best"), ("last", "last")),
+    *(("12", 12), (12, 12)),
+  ],
+)
+def test_how_a_checkpoint_is_named(text, expected):
+  assert parse_checkpoint(text) == expected
+  for wrong in ("newest", "-1", "1.5", -1, True):
+    with pytest.raises(ValueError, match="give best, last, or a step"):
+      parse_checkpoint(wrong)
+
+
+def test_checkpoints_chosen_differently_are_not_compared():
+  best = {"checkpoints": {"Segmenter": {"chosen": "best"}}}
+  compare._check_chosen({"a": {}, "b": {"checkpoints": {}}})
+  compare._check_chosen({"a": best, "b": best})
+  message = r"a was evaluated at its last checkpoint, b at its best .*--checkp"
+  with pytest.raises(ValueError, match=message):
+    compare._check_chosen({"a": {}, "b": best})

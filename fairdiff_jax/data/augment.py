@@ -58,6 +58,12 @@ class Geometry(NamedTuple):
   shift: np.ndarray
   knots: np.ndarray | None = None
 
+  @property
+  def turns_and_flips(self) -> bool:
+    """Whether pixels go to pixels: nothing need be interpolated."""
+    whole = np.isin(self.matrix, (-1, 0, 1)).all()
+    return self.knots is None and not self.shift.any() and bool(whole)
+
 
 def generators_recipe(recipe: str) -> str:
   """What generators see where segmenters see a recipe.
@@ -107,7 +113,7 @@ def augment(
     points = _move(geometry, points, image.shape[:2])
   if recipe == "strong":
     image = _intensity(rng, image)
-  return image.astype(np.float32), mask, points
+  return image.astype(np.float32, copy=False), mask, points
 
 
 def _check(recipe: str) -> str:
@@ -160,6 +166,8 @@ def _warp(geometry: Geometry, image, mask) -> tuple[np.ndarray, np.ndarray]:
   """Image [H, W] or [H, W, 3] and mask [H, W] looked up at v(u)."""
   height, width = shape = image.shape[:2]
   inverse = np.linalg.inv(geometry.matrix)
+  if geometry.turns_and_flips:
+    return _turn(inverse, image), _turn(inverse, mask)
   center = (np.array(shape) - 1) / 2
   offset = center - inverse @ (center + geometry.shift)
   rows = np.arange(height, dtype=np.float32)[:, None]
@@ -177,6 +185,15 @@ def _warp(geometry: Geometry, image, mask) -> tuple[np.ndarray, np.ndarray]:
     cv2.remap(x, source[1], source[0], method, None, cv2.BORDER_REFLECT_101)
     for x, method in ((image, cv2.INTER_CUBIC), (mask, cv2.INTER_NEAREST))
   )
+
+
+def _turn(inverse: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """[H, W, ...] looked up at v(u), for turns by 90 degrees and flips."""
+  if inverse[0, 0]:
+    row, column = inverse[0, 0], inverse[1, 1]
+  else:
+    x, row, column = x.swapaxes(0, 1), inverse[1, 0], inverse[0, 1]
+  return np.ascontiguousarray(x[:: int(row), :: int(column)])
 
 
 def _move(geometry: Geometry, points, shape) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Cases: one at native size, many that are prepared, and some not read yet."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Case(NamedTuple):
     unread: (attribute, value) of what the file says and nobody can read; it
       is unknown.
     patient: whose case it is; '' for a patient of its own.
+    synthetic: whether its file, or a manifest beside it, says so.
   """
 
   image: np.ndarray
@@ -28,6 +29,7 @@ class Case(NamedTuple):
   dialect: str
   unread: tuple[tuple[str, str], ...] = ()
   patient: str = ""
+  synthetic: bool = False
 
 
 class Cases(NamedTuple):
@@ -46,6 +48,7 @@ class Cases(NamedTuple):
       case is one.
     intensity: [n, 3, I] float64, as `statistics.by_class` measures it; None
       where nobody has.
+    split: "train", "validation" or "test".
   """
 
   name: list[str]
@@ -57,6 +60,28 @@ class Cases(NamedTuple):
   domain: Domain = FUNDUS
   patient: Sequence[str] = ()
   intensity: np.ndarray | None = None
+  split: str = "train"
+
+  def none(self, split: str) -> Self:
+    """No case, of a split, but otherwise as these."""
+    rows = {key: getattr(self, key)[:0] for key in ("image", "mask", "points")}
+    return self._replace(
+      **rows,
+      name=[],
+      attributes={key: codes[:0] for key, codes in self.attributes.items()},
+      patient=(),
+      intensity=None,
+      split=split,
+    )
+
+
+def require_training(cases: Cases, what: str) -> None:
+  """Raises ValueError unless cases are training cases; `what` takes them."""
+  if cases.split != "train":
+    raise ValueError(
+      f"{what} was given the {cases.split} cases: what learns, or is made from"
+      " what was learned, may see none of them; give it the training cases"
+    )
 
 
 class Source(NamedTuple):

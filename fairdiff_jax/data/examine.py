@@ -107,7 +107,7 @@ def examine(
       points = np.zeros_like(points)
     elif not absent:
       points[:, :2] = (points[:, :2] + 0.5) * np.divide(size, mask.shape) - 0.5
-    image, mask = resize(case.image, size), _resize_mask(mask, size, domain)
+    image, mask = resize(case.image, size), resize_mask(mask, size, domain)
     if strict:
       _require_shown(case.mask, mask, domain)
     codes = case.attributes
@@ -174,7 +174,7 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   return cv2.resize(image, (size[1], size[0]), interpolation=method)
 
 
-def _resize_mask(
+def resize_mask(
   mask: np.ndarray, size: Sequence[int], domain: Domain = FUNDUS
 ) -> np.ndarray:
   """Resizes a mask [H0, W0] to [H, W] by nested area vote."""
@@ -233,7 +233,11 @@ def report_on(
     },
     set_aside=set_aside,
     left_out=dict(left_out),
-    notes=[*source.notes(used), *_structure_notes(used, domain)],
+    notes=[
+      *source.notes(used),
+      *_synthetic_notes(used),
+      *_structure_notes(used, domain),
+    ],
     round_trip={
       structure: {"mean": float(column.mean()), "least": float(column.min())}
       for structure, column in zip(measured, dice.T, strict=True)
@@ -259,6 +263,15 @@ def _measured(domain: Domain) -> list[str]:
     if i in domain.parents
   ]
   return [*domain.names, *own]
+
+
+def _synthetic_notes(used: Mapping[str, Found]) -> list[str]:
+  made_up = [name for name, found in used.items() if found.case.synthetic]
+  if not made_up:
+    return []
+  return [
+    f"{len(made_up)} cases are synthetic, not real patients: {named(made_up)}."
+  ]
 
 
 def _structure_notes(used: Mapping[str, Found], domain: Domain) -> list[str]:

@@ -20,6 +20,7 @@ from fairdiff_jax.data.cases import Case, Source
 from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.data.npz import SUMMARY, case_key
 from fairdiff_jax.data.report import named
+from fairdiff_jax.data.table import SYNTHETIC, is_yes, synthetic_files
 
 _LONGEST = 40  # characters of a value that a note quotes
 
@@ -45,6 +46,7 @@ def open_directory(directory: Path, split: str | None) -> Source:
   present = collections.defaultdict(list)
   for path in paths:
     present[case_key(path.name)].append(path.name)
+  made_up = synthetic_files(directory)
   listed = None
   if split not in ("use", None):
     if not Path(split).is_file():
@@ -70,7 +72,12 @@ def open_directory(directory: Path, split: str | None) -> Source:
       part = part_of(key)
       if part in splits.LEFT_OUT:
         return part, None, ()
-      return part, *_fill(npz.read_case(path), *row)
+      case, differing = _fill(npz.read_case(path), *row)
+      if path.name in made_up or any(
+        is_yes(line.get(SYNTHETIC, "")) for line in row
+      ):
+        case = case._replace(synthetic=True)
+      return part, case, differing
     except ValueError as error:
       raise ValueError(str(error).removeprefix(f"{path}: ")) from error
 

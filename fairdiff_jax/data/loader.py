@@ -81,8 +81,12 @@ def draw(
 
 def normalize(image: np.ndarray) -> np.ndarray:
   """Grey [n, H, W] or RGB [n, H, W, 3] as float32 [n, H, W, C] in [-1, 1]."""
-  image = image.astype(np.float32)
-  image /= 127.5  # in place
+  return _normalized(image.astype(np.float32))
+
+
+def _normalized(image: np.ndarray) -> np.ndarray:
+  """As `normalize`; float32 images are changed in place."""
+  image /= 127.5
   image -= 1
   return image if image.ndim == 4 else image[..., None]
 
@@ -119,12 +123,12 @@ def make_batch(
   mask, points = pool.mask[index], pool.points[index]
   if pool.latent is None:
     native = pool.image[index]
-    image = native.astype(np.float32)
-    for i, row in enumerate(range(size)[rows] if recipe != "none" else ()):
+    image = np.empty(native.shape, np.float32)
+    for i, row in enumerate(range(size)[rows]):
       rng = np.random.default_rng([seed, stream, step, row])
       case = native[i], mask[i], points[i]
       image[i], mask[i], points[i] = augment(recipe, rng, *case)
-    shown = {"image": normalize(image)}
+    shown = {"image": _normalized(image)}
   else:
     shown = {"latent": pool.latent[index]}
   return shown | {

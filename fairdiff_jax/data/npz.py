@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 from fairdiff_jax.data import attributes
 from fairdiff_jax.data.cases import Case
 
@@ -27,6 +27,7 @@ LEAST_MAXIMUM = 16  # of an image in floating point from 0 to 255
 MOST_PIXELS = 2**27  # bytes of an image or mask: 4096 x 4096 of float64
 MOST_VALUE = 4096  # bytes of an attribute
 SUMMARY = "data_summary.csv"
+SYNTHETIC = "synthetic"  # the array, 1 in a file whose patient is made up
 COLUMNS = (
   "filename",
   "age",
@@ -53,10 +54,13 @@ def read_case(path: str | os.PathLike) -> Case:
       wrong with it and what to do.
   """
   keys = {key for keys in attributes.KEYS.values() for key in keys}
-  values = files.read_npz(path, keys, limit=MOST_VALUE)
+  keys.add(SYNTHETIC)
+  values = array_files.read_npz(path, keys, limit=MOST_VALUE)
   codes, dialect, unread = _read_attributes(values, path)
   form = attributes.DIALECTS[dialect]
-  arrays = files.read_npz(path, (form.image, form.mask), limit=MOST_PIXELS)
+  arrays = array_files.read_npz(
+    path, (form.image, form.mask), limit=MOST_PIXELS
+  )
   image = _check_image(arrays[form.image], f"{path}: {form.image}")
   mask = _check_mask(arrays[form.mask], f"{path}: {form.mask}")
   if image.shape != mask.shape:
@@ -64,7 +68,9 @@ def read_case(path: str | os.PathLike) -> Case:
       f"{path}: image {_by(image.shape)} and mask {_by(mask.shape)} "
       "differ in size; they must be two views of the same pixels."
     )
-  return Case(image, mask, codes, dialect, unread)
+  made_up = values.get(SYNTHETIC)
+  synthetic = made_up is not None and bool(np.any(made_up))
+  return Case(image, mask, codes, dialect, unread, synthetic=synthetic)
 
 
 def parse(
@@ -88,7 +94,7 @@ def write_case(
   image: np.ndarray,
   mask: np.ndarray,
   codes: Mapping[str, int],
-  **extra: int,
+  **extra: int | str,
 ) -> None:
   """Writes one npz file; the same case gives the same bytes.
 
@@ -98,7 +104,7 @@ def write_case(
     mask: uint8 [H, W], 0 background, 1 rim, 2 cup.
     codes: canonical codes of attributes, and `age` in years; what is missing
       is unknown.
-    **extra: further whole numbers to store.
+    **extra: further whole numbers and texts to store.
   """
   form = attributes.DIALECTS["current"]
   stored = {key: codes.get(key, attributes.UNKNOWN) for key in attributes.KEYS}
@@ -106,8 +112,11 @@ def write_case(
     form.image: image,
     form.mask: np.array(list(MASK_CODES), float)[mask],
   }
-  values = {key: np.int64(value) for key, value in (stored | extra).items()}
-  files.write(path, files.npz_bytes(pixels | values))
+  values = {
+    key: np.str_(value) if isinstance(value, str) else np.int64(value)
+    for key, value in (stored | extra).items()
+  }
+  files.write(path, array_files.npz_bytes(pixels | values))
 
 
 def write_summary(

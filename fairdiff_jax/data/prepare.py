@@ -47,6 +47,7 @@ def build(
   crop: tuple[int, ...] = (),
   validation: float = 0,
   attribute: str = "race",
+  allow_synthetic: bool = False,
   progress: bool = True,
 ) -> Report:
   """Prepares a directory of npz files, once.
@@ -67,6 +68,7 @@ def build(
     validation: share of the training cases that become validation cases, by
       patient and of every group alike; for sources that have none.
     attribute: which tells these groups apart.
+    allow_synthetic: whether training cases may be made up.
     progress: show a progress bar.
 
   Returns:
@@ -78,7 +80,7 @@ def build(
       other files.
     OSError: it cannot be written.
     ValueError: bad settings, csv or list, a path that cannot be read again, no
-      usable case, or none to train on.
+      usable case, or none to train on; or a case is synthetic that may not be.
   """
   files.require_plain(directory, "data.directory")
   source = Path(source)
@@ -90,6 +92,7 @@ def build(
     split=split,
     crop=crop,
     validation=validation,
+    allow_synthetic=allow_synthetic,
   )
   return _reuse(directory, settings) or _write(
     *(fairseg.open_directory(source, split), directory, settings, attribute),
@@ -102,8 +105,8 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
 
   Args:
     config: fields source ("phantom", a table, or a directory of npz files),
-      domain, size, num_points, split, crop, attribute, and phantom, the
-      arguments of `phantom.write`.
+      domain, size, num_points, split, crop, attribute, allow_synthetic, and
+      phantom, the arguments of `phantom.write`.
     directory: where to write the prepared data; phantoms are first written to
       a folder in it as npz files.
 
@@ -134,6 +137,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
       crop=config.crop,
       validation=config.validation,
       attribute=config.attribute,
+      allow_synthetic=config.allow_synthetic,
     )
   files.require_plain(directory, "data.directory")
   settings = _settings_of(config)
@@ -245,6 +249,7 @@ def _settings_of(config: Any) -> dict[str, Any]:
     split=config.split,
     crop=config.crop,
     validation=config.validation,
+    allow_synthetic=config.allow_synthetic,
   )
 
 
@@ -257,6 +262,7 @@ def _settings(
   split: str,
   crop: Sequence[int],
   validation: float,
+  allow_synthetic: bool,
 ) -> dict[str, Any]:
   """Checks the settings and puts them in the form that is stored.
 
@@ -264,7 +270,8 @@ def _settings(
     origin: where the patients are from, in words.
     source: their directory, which is fingerprinted if it is there: file names
       and sizes, and the split. None if there is none.
-    size: as for `build`, as are num_points, split, crop and validation.
+    size: as for `build`, as are num_points, split, crop, validation and
+      allow_synthetic.
   """
   sides = [int(side) for side in size]
   if len(sides) != 2 or min(sides) < 8:
@@ -295,6 +302,8 @@ def _settings(
     settings["crop"] = [int(side) for side in crop]
   if validation:
     settings["validation"] = float(validation)
+  if allow_synthetic:
+    settings["allow_synthetic"] = True
   return settings
 
 
@@ -401,6 +410,8 @@ def _collect(
       part, case, differing = source.read(item)
       if case is None:
         return part
+      if case.synthetic and "size" in settings:
+        _require_allowed(name, part, settings)
       found = examine(case, name.removesuffix(".npz"), settings, source)
       return found._replace(part=part, differing=differing)
     except NotAsDeclared:
@@ -442,11 +453,29 @@ def _collect(
   return by_part, report
 
 
+def _require_allowed(name: str, part: str, settings: Mapping[str, Any]):
+  """Raises NotAsDeclared where a case may not be synthetic."""
+  if not settings.get("allow_synthetic"):
+    raise NotAsDeclared(
+      f"{settings['source']}: {name} is synthetic; to train on synthetic cases"
+      " set --config.data.allow_synthetic=True, or leave them out"
+    )
+  if part != "train":
+    raise NotAsDeclared(
+      f"{settings['source']}: {name} is synthetic and a {part} case; figures"
+      " are of real patients only: make it a training case, or leave it out"
+    )
+
+
 def _held_out(
   used: Mapping[str, Found], share: float, attribute: str, source: Source
 ) -> dict[str, Found]:
   """Makes some of the training cases validation cases."""
-  names = [name for name, found in used.items() if found.part == "train"]
+  names = [
+    name
+    for name, found in used.items()
+    if found.part == "train" and not found.case.synthetic
+  ]
   cases = [used[name].case for name in names]
   words = source.vocabulary
   codes = {
@@ -503,6 +532,7 @@ def _table_settings(config: Any) -> dict[str, Any]:
     split="use",
     crop=config.crop,
     validation=config.validation,
+    allow_synthetic=config.allow_synthetic,
   )
   settings["split"] = "column split"
   if not path.is_file():

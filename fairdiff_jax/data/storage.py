@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 import tqdm
 from tensorflow_datasets.core import shuffle
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 from fairdiff_jax.data import attributes, groups, statistics
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.cases import Cases
@@ -65,7 +65,7 @@ def load(
     with contextlib.suppress(OSError, ValueError):
       cases = _mapped(folder, report)
       if _digest(cases) == digest:
-        return cases
+        return cases._replace(split=split)
     shutil.rmtree(folder, ignore_errors=True)
   with _reading(directory):
     cases, what = None, (builder.as_data_source(split), report)
@@ -81,7 +81,7 @@ def load(
     if digest not in (None, _digest(cases)):
       shutil.rmtree(folder, ignore_errors=True)
       raise ValueError("its cases are not those that were prepared")
-  return cases
+  return cases._replace(split=split)
 
 
 def num_cases(directory: str | os.PathLike, split: str) -> int:
@@ -283,7 +283,7 @@ def _unpack(
   with contextlib.ExitStack() as stack:
     append = {
       name: stack.enter_context(
-        files.new_array(Path(folder, f"{name}.npy"), len(records), *row)
+        array_files.new_array(Path(folder, f"{name}.npy"), len(records), *row)
       )
       for name, row in shapes.items()
     }
@@ -300,7 +300,7 @@ def _unpack(
   columns = {k: np.array([r[k] for r in rest]) for k in rest[0]}
   for name in {"name", "patient"} & columns.keys():
     columns[name] = np.char.decode(columns[name].astype(bytes), "utf-8")
-  files.write(Path(folder) / "rest.npz", files.npz_bytes(columns))
+  files.write(Path(folder) / "rest.npz", array_files.npz_bytes(columns))
 
 
 def _mapped(folder: str | os.PathLike, report: Report) -> Cases:
@@ -311,7 +311,7 @@ def _mapped(folder: str | os.PathLike, report: Report) -> Cases:
     )
     for name in _MAPPED
   }
-  rest = files.read_npz(Path(folder) / "rest.npz")
+  rest = array_files.read_npz(Path(folder) / "rest.npz")
   if report.vocabulary:
     words = {name: tuple(of) for name, of in report.vocabulary.items()}
     codes = dict(zip(words, rest["codes"].T, strict=True))

@@ -2,7 +2,8 @@
 
 Columns: `image` and `mask`, paths from the csv on; `split`, which is training,
 validation or test; `patient`, if there is one, who may be in one split only.
-Every other column is an attribute.
+Every other column is an attribute, but `synthetic`, which is 1 for one who is
+made up; a PNG file may say so too, and `manifest.jsonl` beside the csv.
 
 A mask is a label image with the values of the domain's structures, or one file
 per structure, separated by ';' in the domain's order, with an empty place for a
@@ -16,6 +17,7 @@ values become 0 to 255.
 """
 
 import functools
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fairdiff_jax import files
 from fairdiff_jax.data.attributes import UNKNOWN, UNKNOWN_WORDS
@@ -32,6 +35,8 @@ from fairdiff_jax.data.cases import Case, NotAsDeclared, Source
 from fairdiff_jax.data.domain import Domain
 
 REQUIRED = ("image", "mask", "split")
+SYNTHETIC = "synthetic"  # the column, and the text of a PNG file
+MANIFEST = "manifest.jsonl"  # of synthetic cases: a line each, with its file
 SPLITS = {
   "training": "train",
   "train": "train",
@@ -52,6 +57,7 @@ class Row(NamedTuple):
     split: "train", "validation" or "test".
     codes: indices into the words of every attribute, -1 unknown.
     patient: '' where the table does not say.
+    synthetic: whether the table, or a manifest beside it, says so.
   """
 
   name: str
@@ -60,6 +66,7 @@ class Row(NamedTuple):
   split: str
   codes: dict[str, int]
   patient: str = ""
+  synthetic: bool = False
 
 
 class Table(NamedTuple):
@@ -87,17 +94,19 @@ def read(path: str | os.PathLike, domain: Domain) -> Table:
       )
   if not lines:
     raise ValueError(f"{path} holds no case")
-  names = [c for c in columns if c not in (*REQUIRED, "patient")]
+  others = (*REQUIRED, "patient", SYNTHETIC)
+  names = [c for c in columns if c not in others]
   if not names:
     raise ValueError(
-      f"{path} has no attribute: every column besides image, mask, split and"
-      " patient is one; add some, such as sex"
+      f"{path} has no attribute: every column besides image, mask, split,"
+      " patient and synthetic is one; add some, such as sex"
     )
   vocabulary = {name: _words([line[name] for line in lines]) for name in names}
   codes = {
     name: {word: i for i, word in enumerate(words)}
     for name, words in vocabulary.items()
   }
+  made_up = synthetic_files(path.parent)
   rows = []
   for name, number, line in zip(
     _case_names(path, lines), range(2, len(lines) + 2), lines, strict=True
@@ -112,7 +121,8 @@ def read(path: str | os.PathLike, domain: Domain) -> Table:
     masks = _masks(line["mask"], path, number, domain)
     patient = line.get("patient", "").strip()
     image = _beside(path, line["image"])
-    rows.append(Row(name, image, masks, split, found, patient))
+    synthetic = image.name in made_up or is_yes(line.get(SYNTHETIC, ""))
+    rows.append(Row(name, image, masks, split, found, patient, synthetic))
   _check_patients(path, rows)
   _check_files(path, rows)
   return Table(rows, vocabulary)
@@ -146,7 +156,38 @@ def read_case(row: Row, domain: Domain) -> Case:
   """
   image, kind = read_image(row.image, domain.channels)
   mask = _read_mask(row, domain, image.shape[:2])
-  return Case(image, mask, row.codes, kind, patient=row.patient)
+  synthetic = row.synthetic or _says_synthetic(row.image)
+  return Case(
+    *(image, mask, row.codes, kind),
+    patient=row.patient,
+    synthetic=synthetic,
+  )
+
+
+def is_yes(cell: str) -> bool:
+  """Whether a cell of the column `synthetic` says that a case is."""
+  return cell.strip().lower() not in ("", "0", "no", "false")
+
+
+def synthetic_files(directory: Path) -> set[str]:
+  """Names of the files that a manifest in a directory calls synthetic.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  path = directory / MANIFEST
+  if not path.is_file():
+    return set()
+  lines = files.read_json_lines(path)
+  return {str(line.get("file")) for line in lines if line.get(SYNTHETIC)}
+
+
+def _says_synthetic(path: Path) -> bool:
+  if path.suffix.lower() != ".png":
+    return False
+  with Image.open(path) as image:
+    image.load()  # a text may follow the pixels
+    return is_yes(str(image.info.get(SYNTHETIC, "")))
 
 
 def read_image(path: Path, channels: int) -> tuple[np.ndarray, str]:
@@ -194,8 +235,18 @@ def to_uint8(pixels: np.ndarray, channels: int, what: str) -> np.ndarray:
   return np.ascontiguousarray(pixels)
 
 
-def write_png(path: str | os.PathLike, pixels: np.ndarray) -> None:
-  """Writes uint8 or uint16 [H, W], or RGB [H, W, 3]."""
+def write_png(
+  path: str | os.PathLike, pixels: np.ndarray, **texts: str
+) -> None:
+  """Writes uint8 or uint16 [H, W], or RGB [H, W, 3], with texts by keyword."""
+  if texts:
+    told = PngInfo()
+    for keyword, text in texts.items():
+      told.add_text(keyword, text)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png", pnginfo=told)
+    files.write(path, data.getvalue())
+    return
   if pixels.ndim == 3:
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
   files.write(path, cv2.imencode(".png", pixels)[1].tobytes())
@@ -226,8 +277,29 @@ def _read_mask(row: Row, domain: Domain, shape: tuple[int, ...]) -> np.ndarray:
   path = row.masks[0]
   if path is None:
     return np.zeros(shape, np.uint8)
-  label, classes = pixels(path), domain.value_classes
-  mask = np.zeros(shape, np.uint8)
+  return _classes(pixels(path), domain, path)
+
+
+def read_label(path: Path, domain: Domain) -> np.ndarray:
+  """A label image as classes uint8 [H, W].
+
+  Raises:
+    NotAsDeclared: it holds a value that no structure has.
+    ValueError: it cannot be read, or is none.
+  """
+  label = _pixels(path, label=True)
+  if label.ndim == 3 and (label == label[..., :1]).all():
+    label = label[..., 0]
+  if label.ndim != 2:
+    raise ValueError(
+      f"{path} has shape {label.shape}; needed is a label image [H, W]"
+    )
+  return _classes(label, domain, path)
+
+
+def _classes(label: np.ndarray, domain: Domain, path: Path) -> np.ndarray:
+  classes = domain.value_classes
+  mask = np.zeros(label.shape, np.uint8)
   for value in np.unique(label):
     if value not in classes:
       raise NotAsDeclared(

@@ -59,8 +59,8 @@ def min_snr_weight(
   """
   signal, noise = signal_and_noise(schedule, t, 1)
   snr = (signal / noise) ** 2
-  of_x0 = {"eps": 1 / snr, "x0": 1.0, "v": 1 / (snr + 1)}[prediction]
-  return jnp.minimum(snr, gamma) * of_x0
+  of_x0 = {"eps": 1 / snr, "x0": jnp.ones_like(snr), "v": 1 / (snr + 1)}
+  return jnp.minimum(snr, gamma) * of_x0[prediction]
 
 
 def to_x0_and_eps(

@@ -151,8 +151,8 @@ def sample(
     return (solve(Seen(x_t, x_0, eps, before), r, t, s), x_0, t), None
 
   start = (x_t, jnp.zeros_like(x_t), jnp.asarray(times[0]))
-  (x_0, _, _), _ = jax.lax.scan(step, start, (times[:-1], times[1:]))
-  return x_0
+  (found, _, _), _ = jax.lax.scan(step, start, (times[:-1], times[1:]))
+  return found
 
 
 class Seen(NamedTuple):

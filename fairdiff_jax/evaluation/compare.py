@@ -157,14 +157,16 @@ def read_cases(
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {remedy}")
   present, rows = files.read_csv(path)
+  patients = ("patient",) if "patient" in present else ()
   if not rows:
     raise ValueError(f"{path} holds no case; {remedy}")
   columns = {}
-  for name in ("name", "group", *map("_".join, segmentation.scores(domain))):
+  words = ("name", "group", *patients)
+  for name in (*words, *map("_".join, segmentation.scores(domain))):
     if name not in present:
       raise ValueError(f"{path} has no column {name!r}; {remedy}")
     columns[name] = np.array([row[name] for row in rows])
-    if name not in ("name", "group"):
+    if name not in words:
       try:
         columns[name] = np.array([float(row[name] or "nan") for row in rows])
       except ValueError as error:
@@ -293,6 +295,7 @@ def _measure(
   reference: np.ndarray | None,
   group: np.ndarray,
   names: Sequence[str],
+  patient: np.ndarray | None,
   lower_is_better: bool,
   definition: str,
 ) -> dict[tuple[str, str], dict[str, float]]:
@@ -303,6 +306,7 @@ def _measure(
     reference: `[r, n]` of the method to compare with, if any.
     group: `[n]` index into `names`, -1 unknown.
     names: Names of the groups.
+    patient: `[n]`, whose case it is; None where each is of another.
     lower_is_better: True for distances and errors.
     definition: Of equity scaling.
 
@@ -311,15 +315,14 @@ def _measure(
   """
   arguments = (group, names)
   options = {"lower_is_better": lower_is_better, "definition": definition}
+  drawn = {"level": LEVEL, "patient": patient}
   seeds = [
     _figures(metrics.summarize(v, *arguments, **options), "mean")
     for v in values
   ]
   mean = _over_seeds(values)
   counts = metrics.summarize(mean, *arguments, **options)
-  bounds = _figures(
-    uncertainty.intervals(mean, *arguments, level=LEVEL, **options)
-  )
+  bounds = _figures(uncertainty.intervals(mean, *arguments, **drawn, **options))
   rows = {}
   for key, (low, high) in bounds.items():
     over = uncertainty.over_seeds([figures[key] for figures in seeds])
@@ -337,7 +340,7 @@ def _measure(
     rows["worst", key[1]] = dict(rows[key])
   if reference is not None:
     tests = uncertainty.compare(
-      _over_seeds(reference), mean, *arguments, level=LEVEL, **options
+      _over_seeds(reference), mean, *arguments, **drawn, **options
     )
     for key, test in _figures(tests).items():
       rows[key] |= {
@@ -375,6 +378,7 @@ def _rows(
         against,
         group,
         names,
+        columns.get("patient"),
         measure in segmentation.LOWER_IS_BETTER,
         definition,
       )

@@ -14,11 +14,18 @@ from ml_collections import ConfigDict
 from fairdiff_jax import config as configs
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data import groups
-from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
-from fairdiff_jax.evaluation import realism, report, results, segmentation
+from fairdiff_jax.evaluation import (
+  privacy,
+  realism,
+  report,
+  results,
+  segmentation,
+  trust,
+)
 from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.fairness.metrics import Definitions, dice
 from fairdiff_jax.layout import Layout
@@ -34,14 +41,14 @@ REPORT = 2  # tells the noise of a report's cases from that of banks
 
 
 def synthesize(
-  trained: Trained, per_group: int, anatomy: Anatomy
+  trained: Trained, per_group: int, anatomy: Anatomy | None
 ) -> tuple[Generated, np.ndarray, list[str]]:
   """Fresh synthetic cases of every group, made as a bank's are.
 
   Args:
     trained: the run.
     per_group: how many; as many as have a sound mask are left.
-    anatomy: the training cases.
+    anatomy: the training cases; None to make cases of noise alone.
 
   Returns:
     The cases, their groups [n], and a sentence for every group that lacks some.
@@ -91,7 +98,9 @@ def agreement(
 
   Returns:
     group (or 'all', the mean over groups) -> class -> {'synthetic', 'real',
-    'ratio'}; NaN where there is no case, and for the ratio to 0.
+    'ratio', 'below': the share of synthetic cases below the 1% quantile of the
+    group's real ones}; NaN where there is no case, for the ratio to 0, and for
+    the share with fewer than `MIN_CASES` real ones.
   """
   sides = {
     "synthetic": (generated.mask, found["synthetic"], synthetic_group),
@@ -100,21 +109,36 @@ def agreement(
   result: dict[str, dict[str, dict[str, float]]] = {}
   for cls in test.domain.parts:
     code = test.domain.reported_classes[cls]
-    means = {
-      side: [_mean(scores[group == g]) for g in range(len(names))]
-      for side, (label, prediction, group) in sides.items()
+    made, seen = (
+      [scores[group == g] for g in range(len(names))]
+      for label, prediction, group in sides.values()
       for scores in [dice(label, prediction, code, empty)]
-    }
+    )
+    figures = np.array(
+      [
+        [_mean(a), _mean(b), _below(a, b)]
+        for a, b in zip(made, seen, strict=True)
+      ]
+    )
     for i, name in enumerate((*names, "all")):
-      synthetic, real = (
-        _mean(of) if name == "all" else of[i] for of in means.values()
+      synthetic, real, below = (
+        _mean(of) if name == "all" else float(of[i]) for of in figures.T
       )
       result.setdefault(name, {})[cls] = {
         "synthetic": synthetic,
         "real": real,
         "ratio": synthetic / real if real > 0 else math.nan,
+        "below": below,
       }
   return result
+
+
+def _below(synthetic: np.ndarray, real: np.ndarray) -> float:
+  """Share of synthetic scores below the 1% quantile of real ones."""
+  a, b = (x[np.isfinite(x)] for x in (synthetic, real))
+  if not len(a) or len(b) < realism.MIN_CASES:
+    return math.nan
+  return float((a < np.quantile(b, privacy.QUANTILE)).mean())
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
@@ -178,7 +202,8 @@ def evaluate(
       f" {layout.workdir} was trained on ({expected[:12]}); put those back"
     )
   train = load(data, "train")
-  test = _load_test(data, train)
+  require_training(train, "the report's generators")
+  test = load(data, "test") if num_cases(data, "test") else train.none("test")
   train_group, test_group = (case_groups(config, c) for c in (train, test))
   domain = train.domain
   bank, counts, notices = _read_bank(config, layout, trained.step, names)
@@ -196,7 +221,7 @@ def evaluate(
   if test.name:
     predictions = {k: predict(test.image) for k, predict in predictors.items()}
   cases = _shown(test, test_group, names, predictions)
-  synthetic, agreements, realistic = None, None, None
+  synthetic, agreements, realistic, private, pairs = None, None, None, {}, {}
   if generates and evaluation.synthetic_per_group:
     generated, group, missing = synthesize(
       trained,
@@ -209,8 +234,22 @@ def evaluate(
       "mask": generated.mask,
       "group": np.array(names)[group],
     }
-    real = {"image": test.image, "mask": test.mask, "group": cases["group"]}
-    realistic = realism.compare(real, synthetic, domain.regions, names)
+    extractor = next(
+      (n for n in (BASELINE, *predictors) if n in predictors), ""
+    )
+    see = predictors[extractor].features if extractor else None
+    realistic = trust.realism_of(
+      *(test, cases["group"], synthetic, names, see, extractor)
+    )
+    sources = {"as in the bank": generated}
+    anew = config.bank.strength < 1 or config.bank.masks != "generated"
+    if anew and len(group) >= realism.MIN_CASES:
+      if {"points", "image"} <= tasks:
+        fresh = synthesize(trained, evaluation.synthetic_per_group, None)[0]
+        sources["as exported"] = fresh
+    private, pairs = trust.privacy_of(
+      *(sources, train, test, (train_group, test_group), see)
+    )
     agreements = {
       name: agreement(
         {
@@ -235,6 +274,8 @@ def evaluate(
     cases=cases,
     synthetic=synthetic,
     realism=realistic,
+    privacy=private,
+    pairs=pairs,
     agreement=agreements,
     counts=counts,
     checkpoints=used,
@@ -448,7 +489,7 @@ def _measured(
   return {
     model: segmentation.per_case(
       *(cases.mask, prediction, cases.name, group, names),
-      *(definitions.empty, domain),
+      *(definitions.empty, domain, cases.patient),
     )
     for model, prediction in predictions.items()
   }
@@ -473,17 +514,6 @@ def _run_facts(
     "data strategy": config.fairness.strategy,
     "seed": config.seed,
   }
-
-
-def _load_test(directory: Path, train: Cases) -> Cases:
-  """The test cases; no case where the data has no such split."""
-  if num_cases(directory, "test"):
-    return load(directory, "test")
-  image, mask, points = (x[:0] for x in (train.image, train.mask, train.points))
-  attributes = {name: codes[:0] for name, codes in train.attributes.items()}
-  return train._replace(
-    name=[], image=image, mask=mask, points=points, attributes=attributes
-  )
 
 
 def _digest(cases: Cases) -> str:

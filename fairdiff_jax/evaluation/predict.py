@@ -19,20 +19,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fairdiff_jax import array_files, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.data import npz, table
 from fairdiff_jax.data.attributes import DIALECTS
 from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.evaluation.predictor import Predictor
 from fairdiff_jax.evaluation.segmentation import key
-from fairdiff_jax.synthesis.export import (
-  AGAIN,
-  MANIFEST,
-  REQUEST,
-  made_beside,
-  require_request,
-)
+from fairdiff_jax.synthesis.export import MANIFEST, REQUEST, require_request
+from fairdiff_jax.synthesis.making import AGAIN, made_beside
 from fairdiff_jax.synthesis.sheet import SHOWN, contact_sheet, outlined
 from fairdiff_jax.training.checkpoint import fingerprint
 from fairdiff_jax.training.trained import Trained
@@ -197,7 +192,7 @@ def _read(path: Path, channels: int) -> np.ndarray:
   if path.suffix.lower() != ".npz":
     return table.read_image(path, channels)[0]
   known = {form.image for form in DIALECTS.values()}
-  arrays = files.read_npz(path, known, limit=npz.MOST_PIXELS)
+  arrays = array_files.read_npz(path, known, limit=npz.MOST_PIXELS)
   found = [array for array in arrays.values() if array is not None]
   if not found:
     raise ValueError(

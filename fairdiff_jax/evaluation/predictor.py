@@ -107,10 +107,29 @@ class Predictor:
       compile_segmenter(run, self.batch_size),
       trained.inference.network("segmenter"),
     )
+    self._pooled = partial(
+      jax.jit(
+        run.objective.tasks["segmenter"].features,
+        out_shardings=NamedSharding(run.mesh, PartitionSpec()),
+      ),
+      trained.inference.network("segmenter"),
+    )
+    self._mesh = run.mesh
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """Classes uint8 [n, H, W] of prepared images uint8 [n, H, W(, 3)]."""
     return label(self._logits, images, self.batch_size)
+
+  def features(self, images: np.ndarray) -> np.ndarray:
+    """What the network sees in prepared images, pooled: float32 [n, F]."""
+    chunks = [
+      map_batch(
+        *(self._pooled, [normalize(images[i : i + self.batch_size])]),
+        *(self._mesh, self.batch_size),
+      )
+      for i in range(0, len(images), self.batch_size)
+    ]
+    return np.concatenate(chunks)
 
   def segment(
     self, images: Sequence[np.ndarray], *, probabilities: bool = False

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import linalg, ndimage
+from scipy import linalg, ndimage, stats
 from scipy.spatial.distance import cdist
 
 from fairdiff_jax.data.audit import signed_distance
@@ -23,10 +23,12 @@ from fairdiff_jax.data.statistics import GREY_LEVEL
 
 MIN_CASES = 16  # of a group, real and synthetic, for an AUC
 FOLDS = 5
+REPEATS = 3  # divisions into folds
 RIDGE = 2.0  # penalty on the classifier's weights
 RESAMPLES = 500
 LEVEL = 95  # percent, of all intervals
 BANDS = ((0.03, 0.1), (0.1, 0.2), (0.2, 0.32), (0.32, 0.5))  # cycles per pixel
+ALL = "all"  # what the groups together are called
 Structures = Mapping[str, Sequence[int]]
 
 
@@ -132,57 +134,69 @@ def _spread(x, where):
 
 
 def two_sample_auc(
-  real: np.ndarray, synthetic: np.ndarray, seed: int = 0
+  real: np.ndarray,
+  synthetic: np.ndarray,
+  seed: int = 0,
+  patient: Sequence[Any] | None = None,
 ) -> tuple[float, float, float]:
   """AUC of a classifier of synthetic against real cases, cross-validated.
 
   Logistic regression on standardised features and their squares. .5 is chance;
   less, by chance as well.
 
+  The interval is that of Nadeau & Bengio (2003): J folds share training cases,
+  so that the variance of their mean is (1/J + n_test / n_train) times that of
+  one. Those of further divisions are no new cases: the degrees of freedom of
+  Student's t are those of one division.
+
   Args:
     real: features [n, D], NaN where unknown.
     synthetic: features [m, D].
-    seed: of folds and resamples.
+    seed: of folds.
+    patient: whose each real case is [n], all of whose are in one fold; None
+      where every case is a patient of its own.
 
   Returns:
-    The AUC, mean over folds, and its interval by resampling cases; NaN where
-    either side has fewer than `MIN_CASES`.
+    The AUC, mean over folds, and its interval; NaN where either side has fewer
+    than `MIN_CASES`, or there are fewer patients than folds.
   """
   n, m = len(real), len(synthetic)
-  if min(n, m) < MIN_CASES:
+  patient = np.arange(n) if patient is None else np.asarray(patient)
+  who = np.unique(patient, return_inverse=True)[1]
+  patients = int(who.max(initial=-1)) + 1
+  if min(n, m) < MIN_CASES or patients < FOLDS:
     return (np.nan,) * 3
   rng = np.random.default_rng(seed)
   x = np.concatenate([real, synthetic]).astype(np.float64)
   label = np.arange(n + m) >= n
-  fold = np.concatenate([rng.permutation(k) % FOLDS for k in (n, m)])
-  score = np.empty(n + m)
-  for k in range(FOLDS):
-    train = fold != k
-    # A feature that no case has tells nothing.
-    known = np.where(np.isfinite(x[train]).any(0), x[train], 0)
-    center, scale = np.nanmean(known, axis=0), np.nanstd(known, axis=0) + 1e-9
-    z = np.clip(np.nan_to_num((x - center) / scale), -3, 3)
-    z = np.concatenate([z, z**2 - 1], axis=1)
-    weights = _logistic(z[train], label[train])
-    score[~train] = z[~train] @ weights[:-1]
-  # Scores of a fold are compared among themselves: [n, m], and how much.
-  greater = np.sign(score[n:] - score[:n, None]) / 2 + 0.5
-  same = fold[:n, None] == fold[n:]
+  found = []
+  for _ in range(REPEATS):
+    fold = np.concatenate(
+      [(rng.permutation(patients) % FOLDS)[who], rng.permutation(m) % FOLDS]
+    )
+    for k in range(FOLDS):
+      score = _scores(x, label, fold != k)
+      found.append(auc(score[~label[fold == k]], score[label[fold == k]]))
+  mean, variance = np.mean(found), np.var(found, ddof=1)
+  error = np.sqrt((1 / len(found) + 1 / (FOLDS - 1)) * variance)
+  half = stats.t.ppf(0.5 + LEVEL / 200, FOLDS - 1) * error
+  return float(mean), float(max(mean - half, 0)), float(min(mean + half, 1))
 
-  def auc(times):
-    weight = same * times[:n, None] * times[n:]
-    return (weight * greater).sum() / weight.sum()
 
-  draws = np.stack(
-    [
-      np.concatenate(
-        [np.bincount(rng.integers(k, size=k), minlength=k) for k in (n, m)]
-      )
-      for _ in range(RESAMPLES)
-    ]
-  )
-  low, high = _percentiles(np.array([auc(times) for times in draws]))
-  return float(auc(np.ones(n + m))), low, high
+def _scores(x, label, train) -> np.ndarray:
+  """Scores of the cases that are not in training."""
+  # A feature that no case has tells nothing.
+  known = np.where(np.isfinite(x[train]).any(0), x[train], 0)
+  center, scale = np.nanmean(known, axis=0), np.nanstd(known, axis=0) + 1e-9
+  z = np.clip(np.nan_to_num((x - center) / scale), -3, 3)
+  z = np.concatenate([z, z**2 - 1], axis=1)
+  weights = _logistic(z[train], label[train])
+  return z[~train] @ weights[:-1]
+
+
+def auc(lower: np.ndarray, upper: np.ndarray) -> float:
+  """Chance that one of `upper` exceeds one of `lower`; ties count half."""
+  return float((np.sign(upper[:, None] - lower) / 2 + 0.5).mean())
 
 
 def _logistic(x, label):
@@ -206,6 +220,34 @@ def _percentiles(values):
   return tuple(float(v) for v in np.percentile(known, (tail, 100 - tail)))
 
 
+def comparable(
+  real: Sequence[str], synthetic: Sequence[str], groups: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Which cases are compared, by group.
+
+  Args:
+    real: groups of the real cases [n].
+    synthetic: of the synthetic ones [m].
+    groups: the names.
+
+  Returns:
+    Group -> (rows of real cases, rows of synthetic ones); and 'all', of the
+    groups that both sides have, the real ones in the synthetic proportions.
+  """
+  real, synthetic = np.asarray(real, str), np.asarray(synthetic, str)
+  found = {
+    g: (np.flatnonzero(real == g), np.flatnonzero(synthetic == g))
+    for g in groups
+  }
+  both = [rows for rows in found.values() if min(map(len, rows))]
+  times = min((len(r) / len(s) for r, s in both), default=0)
+  pieces = [[np.empty(0, int)], [np.empty(0, int)]]
+  for r, s in both:
+    pieces[0].append(r[: max(int(times * len(s)), 1)])
+    pieces[1].append(s)
+  return found | {ALL: (np.concatenate(pieces[0]), np.concatenate(pieces[1]))}
+
+
 def compare(
   real: Mapping[str, np.ndarray],
   synthetic: Mapping[str, np.ndarray],
@@ -216,36 +258,37 @@ def compare(
   """Real beside synthetic cases, group by group.
 
   Args:
-    real: `image` uint8 [n, H, W], `mask` [n, H, W], `group` names [n].
+    real: `image` uint8 [n, H, W], `mask` [n, H, W], `group` names [n] and, if
+      patients have several cases, `patient` [n].
     synthetic: the same of m cases.
     structures: name -> the classes that it consists of.
     groups: names of the groups.
     seed: of folds and resamples.
 
   Returns:
-    Group -> {`auc`, `auc_interval` (low, high), `real` and `synthetic` numbers
-    of cases, `statistics`: name -> {`real`, `synthetic`, `ratio`, `low`,
-    `high`}}. A statistic is its mean over cases, and `... between patients`
-    the standard deviation over them; a ratio is that of synthetic to real, of
-    `detail` that of amplitudes. Ratios and their intervals, by resampling
-    cases, are NaN where a side has fewer than 2.
+    Group, or 'all' as `comparable` has it -> {`auc`, `auc_interval` (low,
+    high), `real` and `synthetic` numbers of cases, `statistics`: name ->
+    {`real`, `synthetic`, `ratio`, `low`, `high`}}. A statistic is its mean over
+    cases, and `... between patients` the standard deviation over them; a ratio
+    is that of synthetic to real, of `detail` that of amplitudes. Ratios and
+    their intervals, by resampling cases, are NaN where a side has fewer than 2.
   """
   tables = [
     statistics(x["image"], x["mask"], structures) for x in (real, synthetic)
   ]
+  patient = np.asarray(real.get("patient", np.arange(len(real["mask"]))))
   result = {}
-  for name in groups:
+  of = comparable(real["group"], synthetic["group"], groups)
+  for name, rows in of.items():
     rng = np.random.default_rng(seed)
-    rows = [np.asarray(x["group"]) == name for x in (real, synthetic)]
     sides = [
       {k: v[row] for k, v in table.items()}
       for table, row in zip(tables, rows, strict=True)
     ]
     features = [np.stack([*side.values()], axis=1) for side in sides]
-    auc, low, high = two_sample_auc(*features, seed)
-    numbers = [int(row.sum()) for row in rows]
-    found = {"auc": auc, "auc_interval": (low, high)}
-    found |= dict(zip(("real", "synthetic"), numbers, strict=True))
+    area, low, high = two_sample_auc(*features, seed, patient[rows[0]])
+    found = {"auc": area, "auc_interval": (low, high)}
+    found |= dict(zip(("real", "synthetic"), map(len, rows), strict=True))
     found["statistics"] = _beside(rng, *sides)
     result[name] = found
   return result
@@ -306,6 +349,14 @@ def frechet_distance(real: np.ndarray, synthetic: np.ndarray) -> float:
   """
   real, synthetic = _features(real, synthetic, 2)
   difference = real.mean(0) - synthetic.mean(0)
+  if max(len(real), len(synthetic)) <= real.shape[1]:
+    # Of few cases, with X_r and X_s less their means:
+    # tr (C_r C_s)^(1/2) = |X_r X_s^T|_* / ((n - 1) (m - 1))^(1/2)
+    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (real, synthetic))
+    trace = linalg.svdvals(a @ b.T).sum()
+    return float(
+      difference @ difference + (a**2).sum() + (b**2).sum() - 2 * trace
+    )
   a, b = (np.atleast_2d(np.cov(x.T)) for x in (real, synthetic))
   # tr (AB)^(1/2) from the eigenvalues of B^(1/2) A B^(1/2), which are real.
   value, vector = linalg.eigh(b)

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from fairdiff_jax import array_files, files
 from fairdiff_jax import config as configs
-from fairdiff_jax import files
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.data.mixture import group_sizes, training_pool
@@ -31,6 +31,7 @@ from fairdiff_jax.training.banks import CASES
 
 SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
 TABLE = "cases.csv"
+PAIRS = 6  # nearest ones that are shown
 CURVE = 60  # points a curve is averaged to
 CURVES = ("loss/", "risk/", "validation/")  # what of a log is drawn
 PLACES = range(1, len(PALETTE) + 1)  # of models
@@ -40,6 +41,22 @@ STRATEGIES = {
   " Sample)",
   "equal_scale": "real and synthetic cases (Equal Scale)",
 }
+
+
+class Pair(NamedTuple):
+  """A synthetic case and the training case that is nearest.
+
+  Attributes:
+    distance: in pixels.
+    name: of the training case.
+    image: of both, uint8 [H, W], or RGB [H, W, 3].
+    mask: of both, [H, W].
+  """
+
+  distance: float
+  name: str
+  image: tuple[np.ndarray, np.ndarray]
+  mask: tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,9 +76,13 @@ class Results:
       subject's) `[n, H, W]`; where there is none, `group` `[n]` names.
     synthetic: `image` `[m, H, W]` uint8, or RGB, `mask` `[m, H, W]`, `group`
       `[m]` names.
-    realism: what `realism.compare` gives.
-    agreement: segmenter -> group -> class -> {`synthetic`, `real`, `ratio`}:
-      its Dice in [0, 1] on synthetic and real cases, and their ratio.
+    realism: what `realism.compare` and `matched.compare` give.
+    privacy: source of synthetic cases -> what `privacy.Privacy.measure` gives,
+      and `pairs`.
+    pairs: source -> the nearest pairs.
+    agreement: segmenter -> group -> class -> {`synthetic`, `real`, `ratio`,
+      `below`}: its Dice in [0, 1] on synthetic and real cases, their ratio, and
+      the share of synthetic cases below the real 1% quantile.
     checkpoints: model -> what `Trained.checkpoint` gives; of the run also where
       there is no model.
     counts: group -> source ('real', 'synthetic') -> number of training cases.
@@ -89,6 +110,8 @@ class Results:
   cases: Mapping[str, np.ndarray] | None = None
   synthetic: Mapping[str, Any] | None = None
   realism: Mapping[str, Any] | None = None
+  privacy: Mapping[str, Any] | None = None
+  pairs: Mapping[str, Sequence[Pair]] | None = None
   agreement: Mapping[str, Any] | None = None
   checkpoints: Mapping[str, Mapping[str, Any]] | None = None
   counts: Mapping[str, Mapping[str, int]] | None = None
@@ -232,6 +255,7 @@ class Results:
         "difference": self.differences,
         "checkpoints": self.checkpoints or {},
         "realism": self.realism or {},
+        "privacy": self.privacy or {},
         "agreement": self.agreement or {},
         "training_cases": self.counts or {},
         "epoch": self.epoch or {},
@@ -322,7 +346,7 @@ def epoch(
   sizes = group_sizes(group, len(names), size=fairness.group_size)
   if bank is not None:
     try:
-      sizes = files.read_npz(bank / CASES, ("sizes",))["sizes"]
+      sizes = array_files.read_npz(bank / CASES, ("sizes",))["sizes"]
     except (OSError, ValueError):
       sizes = None
     if sizes is None or not sum(synthetic):

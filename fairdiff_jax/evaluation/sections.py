@@ -1,7 +1,8 @@
 """The sections of a report: each a function from results to a section.
 
-A new figure is one function here and its name in `SECTIONS`. One that has
-nothing to show returns None; an undefined figure is a dash.
+A new figure is one function here, of synthetic cases in `synthetic_sections`,
+and its name in `SECTIONS`. One that has nothing to show returns None; an
+undefined figure is a dash.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,15 +20,18 @@ from fairdiff_jax.evaluation.page import (
   number,
   table,
 )
-from fairdiff_jax.evaluation.realism import MIN_CASES as MIN_SAMPLE
 from fairdiff_jax.evaluation.results import CURVE, Results
+from fairdiff_jax.evaluation.synthetic_sections import (
+  agreement,
+  privacy,
+  real_beside_synthetic,
+  realism,
+)
 from fairdiff_jax.fairness.uncertainty import MIN_CASES
 
 WORST, WORST_IN_ALL = 4, 24  # cases shown, of a group and at most
 BROWSED = 150  # thumbnails in all
 LEAST = 4  # and of every group at least
-STRIP, STRIPS_IN_ALL = 8, 96  # images of a group and kind, and at most
-REALISTIC = (0.85, 1.15)  # ratios of synthetic to real that pass
 ALL = {"overall": "All cases"}
 OF_GROUPS = {"es": "ES-Dice", "gap": "Gap", "worst": "Worst group"}
 TITLES = {
@@ -307,86 +311,6 @@ def browse(results: Results) -> Section | None:
   )
 
 
-def real_beside_synthetic(results: Results) -> Section | None:
-  """Per group a row of real and a row of synthetic images."""
-  synthetic, cases = results.synthetic, results.cases
-  if synthetic is None:
-    return None
-  sources = {
-    "Synthetic": (synthetic["image"], synthetic["mask"], synthetic["group"])
-  }
-  if cases is not None:
-    real = cases["image"], cases["label"], results.case_groups
-    sources = {"Real": real} | sources
-  parts = []
-  names = {str(group) for *_, of in sources.values() for group in of}
-  names -= {segmentation.UNKNOWN}
-  each = max(2, min(STRIP, STRIPS_IN_ALL // (2 * max(len(names), 1))))
-  for name in sorted(names):
-    parts.append(PARTS.heading(name))
-    for source, (images, masks, of) in sources.items():
-      chosen = np.flatnonzero(np.asarray(of, str) == name)[:each]
-      parts.append(PARTS.small(source if len(chosen) else f"{source}: none"))
-      alt = f"{source} case, {name}"
-      parts.append(figures.strip(images, masks, chosen, alt, results.domain))
-  note = (
-    f"The first {each} of each group, not selected, with the outlines of their"
-    " masks. Real cases are test cases."
-  )
-  return Section("Real beside synthetic", Markup("").join(parts), note)
-
-
-def realism(results: Results) -> Section | None:
-  """AUC and ratios of statistics, a column for every group."""
-  if not results.realism:
-    return None
-  found = segmentation.json_ready(results.realism)
-  auc, rows = [Cell("AUC, real against synthetic")], {}
-  for of in found.values():
-    ends = interval(of["auc_interval"], 1, 2)
-    auc.append(Cell(number(of["auc"], 1, 2), ends))
-    for name, row in of["statistics"].items():
-      ends = [row["low"], row["high"]]
-      off = None not in ends and not (
-        REALISTIC[0] <= row["ratio"] <= REALISTIC[1]
-      )
-      cell = number(row["ratio"], 1, 2), interval(ends, 1, 2), "worse" * off
-      rows.setdefault(name, [Cell(name.capitalize())]).append(Cell(*cell))
-  blocks = {"": [auc], "Synthetic / real": [*rows.values()]}
-  note = (
-    "A small classifier that sees the statistics below tries to tell synthetic"
-    " from real test cases: AUC 0.5 is chance, 1 is certain; a dash where a"
-    f" group has fewer than {MIN_SAMPLE} of either. Ratios of means over cases,"
-    f" with 95% intervals; those beyond {REALISTIC[0]} to {REALISTIC[1]} are"
-    " coloured."
-  )
-  body = table("Realism by group", ["", *found], blocks)
-  return Section("Realism", body, note)
-
-
-def agreement(results: Results) -> Section | None:
-  """Dice of each segmenter on synthetic and on real cases."""
-  if not results.agreement:
-    return None
-  blocks, head, keys = {}, ["Group"], ("synthetic", "real", "ratio")
-  for segmenter, groups in segmentation.json_ready(results.agreement).items():
-    rows = blocks[f"Seen by {segmenter}"] = []
-    for group, classes in groups.items():
-      row = [Cell(group)]
-      for value in classes.values():
-        row += [Cell(number(value[key])) for key in keys[:2]]
-        row.append(Cell(number(value["ratio"], 1, 2)))
-      rows.append(row)
-      pairs = [(cls, key) for cls in classes for key in keys]
-      head = ["Group", *(Cell(cls.title(), key) for cls, key in pairs)]
-  note = (
-    "Dice of a segmenter on synthetic and on real cases, in points. A ratio"
-    " near 1 says that it finds the mask in the image as well as in real ones."
-  )
-  body = table("Agreement by segmenter and group", head, blocks)
-  return Section("Agreement of synthetic images with their masks", body, note)
-
-
 def _counted(label: str, counts: Mapping[str, Mapping[str, int]]) -> Markup:
   """Cases by group and source, with sums."""
   sources = list(dict.fromkeys(k for row in counts.values() for k in row))
@@ -507,6 +431,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
   browse,
   real_beside_synthetic,
   realism,
+  privacy,
   agreement,
   training_cases,
   epoch,

@@ -41,6 +41,7 @@ def per_case(
   group_names: Sequence[str],
   empty: str = "exclude",
   domain: Domain = FUNDUS,
+  patient: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
   """Measures every case.
 
@@ -52,9 +53,11 @@ def per_case(
     group_names: Names of the groups.
     empty: What an absent class counts, as for `metrics.dice`.
     domain: What is reported.
+    patient: Names of the patients, `n` of them; () where each case is one.
 
   Returns:
-    Columns `[n]`: `name`, `group` (the group's name or `UNKNOWN`),
+    Columns `[n]`: `name`, `group` (the group's name or `UNKNOWN`), `patient`
+    where one has several cases (a number: tables go where names should not),
     `<class>_<measure>` for what is reported (cup, rim, disc) and dice, iou,
     hd95 (pixels), and `<ratio>_error` (cup_to_disc). NaN where undefined.
 
@@ -72,6 +75,8 @@ def per_case(
     "name": np.asarray(list(names), str),
     "group": np.asarray([*group_names, UNKNOWN], str)[group],
   }
+  if len({*patient}) < len(patient):
+    columns["patient"] = np.unique(patient, return_inverse=True)[1]
   classes = domain.reported_classes
   for cls, values in classes.items():
     for measure, function in MEASURES.items():
@@ -159,7 +164,9 @@ def summary(
       "definition": definition,
     }
     figures = metrics.summarize(*arguments, **options)
-    interval = uncertainty.intervals(*arguments, **options)
+    interval = uncertainty.intervals(
+      *arguments, patient=columns.get("patient"), **options
+    )
     result.setdefault(cls, {})[measure] = json_ready(
       {**figures, "interval": interval}
     )
@@ -190,7 +197,11 @@ def difference(
   result = {}
   for cls in domain.reported:
     values = [c[f"{cls}_dice"] for c in (baseline, columns)]
-    paired = uncertainty.compare(*values, group, names, definition=definition)
+    paired = uncertainty.compare(
+      *(*values, group, names),
+      patient=columns.get("patient"),
+      definition=definition,
+    )
     old, new = (
       figures["groups"].get(figures["worst"], {"mean": math.nan})["mean"]
       for figures in (metrics.summarize(v, group, names) for v in values)

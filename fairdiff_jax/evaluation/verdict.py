@@ -143,8 +143,12 @@ def _silence(
       return f"no test case has a Dice of {name}"
   groups = next(iter(summaries.values()))[cls]["dice"]["groups"]
   if few:
-    sizes = [f"{name} ({groups[name]['n']})" for name in few]
-    return f"fewer than {MIN_CASES} test cases of {files.some(sizes)}"
+    sizes = {name: groups[name]["n"] for name in few}
+    if max(sizes.values()) < MIN_CASES:
+      told = [f"{name} ({n})" for name, n in sizes.items()]
+      return f"fewer than {MIN_CASES} test cases of {files.some(told)}"
+    told = [f"{name} ({n} cases)" for name, n in sizes.items()]
+    return f"fewer than {MIN_CASES} test patients of {files.some(told)}"
   if len(groups) < 2:
     return "there are no two groups to compare"
   return ""

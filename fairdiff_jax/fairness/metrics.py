@@ -10,7 +10,8 @@ NaN where it is undefined; means leave NaN out. Plain numpy on the host.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -282,6 +283,7 @@ def ratio_error(
   >>> ratio_error([[[1, 2], [2, 2]]], [[[1, 1], [1, 2]]], CUP, DISC).tolist()
   [0.5]
   """
+  size: Callable[[np.ndarray], int]
   if kind == "area":
     size = np.count_nonzero
   elif kind == "vertical":
@@ -395,7 +397,7 @@ def summarize(
   values, group = values[known], group[known]
   cases = {name: values[group == g] for g, name in enumerate(names)}
   means = {name: _mean(v) for name, v in cases.items() if len(v)}
-  result = {
+  result: dict[str, Any] = {
     "overall": _mean(values),
     "n": len(values),
     "groups": {k: {"mean": _mean(v), "n": len(v)} for k, v in cases.items()},
@@ -404,7 +406,7 @@ def summarize(
   }
   if means:
     pick = max if lower_is_better else min
-    result["worst"] = pick(means, key=means.get)
+    result["worst"] = pick(means, key=means.__getitem__)
     low, high = min(means.values()), max(means.values())
     result["gap"] = high - low
     result["ratio"] = low / high if high > 0 else 1.0

@@ -115,7 +115,7 @@ class Evidence(NamedTuple):
 
   risk: jax.Array
   known: jax.Array
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]
   group: jax.Array | None = None
   weight: jax.Array | None = None
   dice: DiceTerms | None = None
@@ -383,7 +383,8 @@ def febs(
     _, _, count, group, weight, _, _, axis_name = evidence
     plain = dice.loss()
     loss, _ = group_risk(plain, group, weight, len(count), axis_name)
-    scale = _scale(*state.fill(loss, count), gamma)
+    filled, known = state.fill(loss, count)
+    scale = _scale(filled, known, gamma)
     fair = dice.scaled(_per_case(scale, group)).loss()
     difference = weighted_mean(fair - plain, weight, axis_name)
     return dice_weight * difference, state.update(loss, count, decay)

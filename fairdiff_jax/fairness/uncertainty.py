@@ -2,9 +2,12 @@
 
 Cases are resampled with replacement within their group, so that every
 resample has the groups' sizes; cases of unknown group are one more stratum,
-which counts in the overall mean only. Intervals are percentile intervals
-(Efron and Tibshirani 1993, ch. 13), of the means as they are, of gap and ES
-with a correction:
+which counts in the overall mean only. A patient's cases, such as two eyes, are
+alike: where patients are known, they are drawn whole (the cluster bootstrap;
+Davison and Hinkley 1997, ch. 3.8), the mean of a group is over the cases drawn,
+groups keep their weights in the overall mean, and what is said of cases below
+holds of patients. Intervals are percentile intervals (Efron and Tibshirani
+1993, ch. 13), of the means as they are, of gap and ES with a correction:
 
 The gap and the standard deviation s of the group means grow with the means'
 sampling noise v (the mean over groups of variance / cases): s² exceeds the
@@ -13,15 +16,7 @@ true one by v on average, and in a resample by 2 v. Without a correction, where
 87% to 42% of the time instead of 95%, a bias-corrected or basic one 82% to
 91%, and a percentile interval of the gap never. So the group means of a
 resample are first drawn together about their mean until s² is less by 2 v, or
-0.
-
-Coverage of 95% intervals, by `launch/benchmark_intervals.py` with 50 to 500
-cases a group: of a group mean 93% to 95% (BCa is no better: 93.0% against
-92.7% with 50 cases of which 5% are failures); of ES 93% to 98.6%; of the gap
-93% to 95% where it is large against the noise, and nearly always where the
-groups are equal: there it is too wide, and its test finds less than it could.
-The plain ES is on average too low and the plain gap too high, so they tend
-towards that end of their interval.
+0 (their coverage: docs/methods.md).
 
 With few cases a resample knows nothing that they do not: four that happen to
 gain alike would give p = 0.001. So the p of a mean of fewer than
@@ -42,6 +37,7 @@ another training: for that, train with several seeds and use `over_seeds`.
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -56,33 +52,83 @@ CHUNK = 1 << 20  # cases drawn at a time
 UNDEFINED = (float("nan"), float("nan"))
 
 
+class _Patients(NamedTuple):
+  """What is drawn as one: `k` measures of patients, each in one group.
+
+  Attributes:
+    sums: `[p, k]`, over a patient's cases.
+    cases: `[p]`, how many they are.
+    group: `[p]`, -1 unknown.
+  """
+
+  sums: np.ndarray
+  cases: np.ndarray
+  group: np.ndarray
+
+  def of(self, chosen: np.ndarray | slice) -> Self:
+    """Some of the patients."""
+    return type(self)(*(x[chosen] for x in self))
+
+  def strata(self) -> dict[int, Self]:
+    """By group."""
+    return {int(g): self.of(self.group == g) for g in np.unique(self.group)}
+
+  def mean(self) -> np.ndarray:
+    """`[k]`, over all cases."""
+    return self.sums.sum(0) / self.cases.sum()
+
+  def noise(self) -> np.ndarray:
+    """Variance `[k]` of the mean, linearised as that of a ratio."""
+    left = self.sums - self.cases[:, None] * self.mean()
+    number = len(left)
+    shrink = max(1, number - 1) / number * self.cases.sum() ** 2
+    return np.square(left).sum(0) / shrink
+
+
+def _patients(
+  values: np.ndarray, group: np.ndarray, patient: np.ndarray | None
+) -> _Patients:
+  """Gathers cases `[n, k]` by patient; None where each is one of its own."""
+  if patient is None:
+    return _Patients(values, np.ones(len(values), int), group)
+  pairs = np.unique(patient, return_inverse=True)[1] * (group.max() + 2)
+  keys, first, index = np.unique(
+    pairs + group + 1, return_index=True, return_inverse=True
+  )
+  sums = np.stack(
+    [np.bincount(index, column, len(keys)) for column in values.T], axis=1
+  )
+  return _Patients(sums, np.bincount(index), group[first])
+
+
 def _resampled_means(
-  values: np.ndarray, num_resamples: int, rng: np.random.Generator
+  patients: _Patients, num_resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Means `[num_resamples, k]` of resampled rows of `values` `[n, k]`."""
-  n = len(values)
+  """Means `[num_resamples, k]` over the cases of resampled patients."""
+  n = len(patients.cases)
+  alike = (patients.cases == 1).all()
   rows = max(1, CHUNK // n)
   sizes = np.diff([*range(0, num_resamples, rows), num_resamples])
   parts = []
   for size in sizes:
     drawn = rng.integers(n, size=(size, n))
+    cases = n if alike else patients.cases.take(drawn).sum(1)
     # Column by column: taking whole rows costs twenty times as much.
-    parts.append([column.take(drawn).mean(1) for column in values.T])
+    columns = patients.sums.T
+    parts.append([column.take(drawn).sum(1) / cases for column in columns])
   return np.concatenate(parts, axis=1).T
 
 
 def _bootstrap(
-  values: np.ndarray,
-  group: np.ndarray,
+  patients: _Patients,
   num_resamples: int,
   seed: int,
   definition: str,
-) -> dict[str | int, np.ndarray]:
-  """Resampled figures of `k` measures of the same cases.
+) -> dict[Any, np.ndarray]:
+  """Resampled figures of `k` measures of the same patients.
 
   Args:
-    values: `[n, k]` without NaN, n > 0.
-    group: `[n]`, -1 unknown.
+    patients: One at least, without NaN.
     num_resamples: Number of resamples.
     seed: Seed of the draws.
     definition: Of equity scaling.
@@ -92,29 +138,25 @@ def _bootstrap(
     index, of every group with cases; NaN where undefined.
   """
   rng = np.random.default_rng(seed)
-  strata = _strata(values, group)
+  strata = patients.strata()
   means = {
-    g: _resampled_means(v, num_resamples, rng) for g, v in strata.items()
+    g: _resampled_means(of, num_resamples, rng) for g, of in strata.items()
   }
-  sizes = {g: len(v) for g, v in strata.items()}
-  noise = [
-    np.var(v, 0) / max(1, len(v) - 1) for g, v in strata.items() if g >= 0
-  ]
-  return _figures(means, sizes, definition, np.mean(noise or [0.0], 0))
+  noise = [of.noise() for g, of in strata.items() if g >= 0]
+  noise_of_mean = np.mean(noise, 0) if noise else 0.0
+  return _figures(means, strata, definition, noise_of_mean)
 
 
 def _exchange(
-  pairs: np.ndarray,
-  group: np.ndarray,
+  pairs: _Patients,
   num_exchanges: int,
   seed: int,
   definition: str,
-) -> dict[str | int, np.ndarray]:
-  """Figures of two runs whose results of a case are exchanged at random.
+) -> dict[Any, np.ndarray]:
+  """Figures of two runs whose results of a patient are exchanged at random.
 
   Args:
-    pairs: `[n, 2]` without NaN, n > 0.
-    group: `[n]`, -1 unknown.
+    pairs: Both runs' results, of one patient at least, without NaN.
     num_exchanges: Number of random exchanges, where not all are made.
     seed: Seed of the draws.
     definition: Of equity scaling.
@@ -123,7 +165,7 @@ def _exchange(
     As `_bootstrap`, but not corrected; the first row is of the runs as they
     are.
   """
-  differs = pairs[:, 0] != pairs[:, 1]
+  differs = pairs.sums[:, 0] != pairs.sums[:, 1]
   count = int(differs.sum())
   if count <= ALL_EXCHANGES:
     swapped = np.arange(2**count)[:, None] >> np.arange(count) & 1
@@ -131,38 +173,37 @@ def _exchange(
     rng = np.random.default_rng(seed)
     swapped = rng.integers(2, size=(num_exchanges + 1, count), dtype=np.int8)
     swapped[0] = 0
-  means, sizes = {}, {}
-  for g, stratum in _strata(pairs, group).items():
-    change = np.diff(pairs[differs & (group == g)])[:, 0] / len(stratum)
-    moved = swapped[:, group[differs] == g] @ change
-    means[g] = stratum.mean(0) + np.stack([moved, -moved], 1)
-    sizes[g] = len(stratum)
-  return _figures(means, sizes, definition)
-
-
-def _strata(values: np.ndarray, group: np.ndarray) -> dict[int, np.ndarray]:
-  return {int(g): values[group == g] for g in np.unique(group)}
+  means, strata = {}, pairs.strata()
+  for g, stratum in strata.items():
+    moving = pairs.sums[differs & (pairs.group == g)]
+    change = np.diff(moving)[:, 0] / stratum.cases.sum()
+    moved = swapped[:, pairs.group[differs] == g] @ change
+    means[g] = stratum.mean() + np.stack([moved, -moved], 1)
+  return _figures(means, strata, definition)
 
 
 def _figures(
   means: dict[int, np.ndarray],
-  sizes: dict[int, int],
+  strata: dict[int, _Patients],
   definition: str,
   noise: np.ndarray | float = 0.0,
-) -> dict[str | int, np.ndarray]:
+) -> dict[Any, np.ndarray]:
   """Adds the figures of all groups to the means `[r, k]` of each.
 
   Args:
     means: By group, -1 unknown.
-    sizes: Cases of the groups.
+    strata: The groups' patients.
     definition: Of equity scaling.
     noise: v of the group means `[k]`, for which gap and ES are corrected.
 
   Returns:
     As `_bootstrap`.
   """
-  overall = sum(sizes[g] * m for g, m in means.items()) / sum(sizes.values())
-  alone = [g for g, size in sizes.items() if size < 2]
+  sizes = {g: of.cases.sum() for g, of in strata.items()}
+  overall = np.asarray(
+    sum(sizes[g] * m for g, m in means.items()) / sum(sizes.values())
+  )
+  alone = [g for g, of in strata.items() if len(of.cases) < 2]
   if len(alone) == len(sizes):
     overall = np.full_like(overall, np.nan)
   means = means | {g: np.full_like(overall, np.nan) for g in alone}
@@ -178,7 +219,8 @@ def _figures(
     of_groups = center + shrink * (of_groups - center)
     gap = np.ptp(of_groups, axis=0)
   es = overall / (1 + metrics.spread(of_groups, overall, definition))
-  return means | {"overall": overall, "gap": gap, "es": es}
+  figures: dict[Any, np.ndarray] = {"overall": overall, "gap": gap, "es": es}
+  return figures | means
 
 
 def _interval(
@@ -204,8 +246,8 @@ def _p_value(resampled: np.ndarray, n: int | None = None) -> float:
 
   if np.isnan(resampled).any():
     return float("nan")
-  tail = min(np.sum(resampled <= 0), np.sum(resampled >= 0))
-  tail = (tail + 1) / (len(resampled) + 1)
+  beyond = min(int(np.sum(resampled <= 0)), int(np.sum(resampled >= 0)))
+  tail = (beyond + 1) / (len(resampled) + 1)
   if n is not None:
     tail = stats.t.cdf(stats.norm.ppf(tail) * (1 - 1 / n) ** 0.5, n - 1)
   return float(min(1, 2 * tail))
@@ -230,8 +272,25 @@ def _kinds(lower_is_better: bool) -> tuple[str, ...]:
   return ("overall", "gap") if lower_is_better else ("overall", "gap", "es")
 
 
-def _few(summary: dict) -> list[str]:
-  return [k for k, v in summary["groups"].items() if v["n"] < MIN_CASES]
+def _few(patients: _Patients, names: Sequence[str]) -> list[str]:
+  groups = enumerate(names)
+  return [k for g, k in groups if (patients.group == g).sum() < MIN_CASES]
+
+
+def _known(
+  values: np.ndarray, group: np.ndarray, patient: Sequence[str] | None
+) -> _Patients:
+  """The patients of the cases `[n, k]` that are known of all measures."""
+  known = ~np.isnan(values).any(1)
+  of = None
+  if patient is not None:
+    of = np.asarray(patient)
+    if of.shape != group.shape:
+      raise ValueError(
+        f"patient must be [n] as group, got {of.shape} and {group.shape}"
+      )
+    of = of[known] if known.any() else None
+  return _patients(values[known], group[known], of)
 
 
 def intervals(
@@ -239,6 +298,7 @@ def intervals(
   group: np.ndarray,
   names: Sequence[str],
   *,
+  patient: Sequence[str] | None = None,
   level: float = 0.95,
   num_resamples: int = 2000,
   seed: int = 0,
@@ -257,6 +317,7 @@ def intervals(
     group: `[n]` index into `names`, -1 unknown. Unknown cases count in the
       overall mean only.
     names: Names of the groups.
+    patient: `[n]`, whose case it is; None where each is of another.
     level: Share of such intervals that cover the truth.
     num_resamples: Number of resamples.
     seed: Seed of the draws.
@@ -275,36 +336,28 @@ def intervals(
       resample.
   """
   _check(level, num_resamples)
-  summary = metrics.summarize(
-    values,
-    group,
-    names,
-    lower_is_better=lower_is_better,
-    definition=definition,
-  )
+  metrics.summarize(values, group, names, definition=definition)  # may raise
   values, group = np.asarray(values, np.float64), np.asarray(group)
-  known = ~np.isnan(values)
+  patients = _known(values[:, None], group, patient)
   resampled = {}
-  if known.any():
-    resampled = _bootstrap(
-      values[known, None], group[known], num_resamples, seed, definition
-    )
+  if len(patients.cases):
+    resampled = _bootstrap(patients, num_resamples, seed, definition)
 
   def interval(key, n=None):
     if key not in resampled:
       return UNDEFINED
     return _interval(resampled[key][:, 0], level, n)
 
-  sizes = {kind: None for kind in _kinds(lower_is_better)}
-  sizes["overall"] = summary["n"]
+  sizes: dict[str, int | None] = dict.fromkeys(_kinds(lower_is_better))
+  sizes["overall"] = len(patients.cases)
   return {
     **{kind: interval(kind, n) for kind, n in sizes.items()},
     "groups": {
-      name: interval(g, summary["groups"][name]["n"])
+      name: interval(g, (patients.group == g).sum())
       for g, name in enumerate(names)
     },
     "level": level,
-    "few": _few(summary),
+    "few": _few(patients, names),
   }
 
 
@@ -314,6 +367,7 @@ def compare(
   group: np.ndarray,
   names: Sequence[str],
   *,
+  patient: Sequence[str] | None = None,
   level: float = 0.95,
   num_resamples: int = 2000,
   seed: int = 0,
@@ -341,6 +395,7 @@ def compare(
     values_b: `[n]`, the same cases.
     group: `[n]` index into `names`, -1 unknown.
     names: Names of the groups.
+    patient: As for `intervals`.
     level: Level of the intervals.
     num_resamples: Number of resamples, and of exchanges where not all are made.
     seed: Seed of the draws.
@@ -375,10 +430,10 @@ def compare(
     )
     for v in values
   )
-  pairs, group = np.stack(values, 1)[~missing], group[~missing]
-  few = _few(first)
+  pairs = _known(np.stack(values, 1), group, patient)
+  few = _few(pairs, names)
   options = (num_resamples, seed, definition)
-  resampled = _bootstrap(pairs, group, *options) if len(pairs) else {}
+  resampled = _bootstrap(pairs, *options) if len(pairs.cases) else {}
 
   few_cases = any(first["groups"][name]["n"] for name in few)
 
@@ -386,19 +441,20 @@ def compare(
     """A figure's row; `key` is its kind, or the group of a mean."""
     if key not in resampled:
       return dict.fromkeys(("difference", "low", "high", p_name), math.nan)
-    member = slice(None) if isinstance(key, str) else group == key
-    mine = pairs[member]
-    n = None if key in ("gap", "es") else len(mine)  # of a mean
+    member = slice(None) if isinstance(key, str) else pairs.group == key
+    mine = pairs.of(member)
+    number = len(mine.cases)
+    n = None if key in ("gap", "es") else number  # of a mean
     draws = np.diff(resampled[key])[:, 0]
     low, high = _interval(draws, level, n)
-    if len(mine) < MIN_TESTED:
+    if number < MIN_TESTED:
       p = math.nan
     elif n < MIN_RESAMPLED if n else few_cases:
-      exchanged = _exchange(mine, group[member], *options)
+      exchanged = _exchange(mine, *options)
       p = _p_exchanged(np.diff(exchanged[key])[:, 0])
     else:
       p = _p_value(draws, n)
-    least = min(1.0, 2.0 ** (1 - np.count_nonzero(np.diff(mine))))
+    least = min(1.0, 2.0 ** (1 - np.count_nonzero(np.diff(mine.sums))))
     return {
       "difference": difference,
       "low": low,
@@ -414,7 +470,9 @@ def compare(
   for g, name in enumerate(names):
     a, b = (summary["groups"][name] for summary in (first, second))
     rows[name] = row(g, b["mean"] - a["mean"], "p_bootstrap") | {
-      "p_wilcoxon": _wilcoxon(np.diff(pairs[group == g]).ravel()),
+      "p_wilcoxon": _wilcoxon(
+        (np.diff(pairs.sums)[:, 0] / pairs.cases)[pairs.group == g]
+      ),
       "n": a["n"],
     }
   for test in ("p_bootstrap", "p_wilcoxon"):
@@ -480,16 +538,11 @@ def over_seeds(figures: Sequence[float] | np.ndarray) -> dict:
   """
   from scipy import stats
 
-  figures = np.asarray(figures, np.float64)
-  figures = figures[~np.isnan(figures)]
-  n = len(figures)
-  mean = float(figures.mean()) if n else float("nan")
-  sd = float(figures.std(ddof=1)) if n > 1 else float("nan")
+  values = np.asarray(figures, np.float64)
+  values = values[~np.isnan(values)]
+  n = len(values)
+  mean = float(values.mean()) if n else float("nan")
+  sd = float(values.std(ddof=1)) if n > 1 else float("nan")
   half = float(stats.t.ppf(0.975, max(1, n - 1))) * sd / max(1, n) ** 0.5
-  return {
-    "mean": mean,
-    "sd": sd,
-    "n": n,
-    "low": mean - half,
-    "high": mean + half,
-  }
+  ends = {"low": mean - half, "high": mean + half}
+  return {"mean": mean, "sd": sd, "n": n, **ends}

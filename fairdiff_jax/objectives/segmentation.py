@@ -266,7 +266,8 @@ def segmentation_task(
   Returns:
     A task whose `risk` aux holds 'dice' terms [B, classes], pooled 'features'
     [B, F]; whose `logits` maps (variables, images [B, H, W, C]) to float32
-    [B, H, W, classes], and `sample` to labels int32 [B, H, W].
+    [B, H, W, classes], `sample` to labels int32 [B, H, W], and `features` to
+    the pooled features alone.
   """
   network = make_network(config, axis_name, domain)
 
@@ -290,4 +291,8 @@ def segmentation_task(
   def sample(variables, image):
     return jnp.argmax(logits(variables, image), axis=-1)
 
-  return Task(network.init, risk, sample, network.load, logits)
+  def features(variables, image):
+    _, pooled, _ = network.apply(variables, image, None, None, False)
+    return pooled.astype(jnp.float32)
+
+  return Task(network.init, risk, sample, network.load, logits, features)

@@ -36,6 +36,8 @@ class Task(NamedTuple):
       `init`; None where the config names no weights.
     logits: (variables, images [B, H, W, C]) -> scores of classes float32
       [B, H, W, classes]; None for networks that tell none apart.
+    features: (variables, images [B, H, W, C]) -> what the network sees in each,
+      pooled, float32 [B, F]; None likewise.
   """
 
   init: Callable[[jax.Array], Variables]
@@ -43,3 +45,4 @@ class Task(NamedTuple):
   sample: Callable[..., jax.Array] | None = None
   load: Callable[[], Variables] | None = None
   logits: Callable[..., jax.Array] | None = None
+  features: Callable[..., jax.Array] | None = None

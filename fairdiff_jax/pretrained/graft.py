@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 
 PYTORCH = (".pth", ".pt", ".ckpt", ".bin")
 # What PyTorch says of a file whose reading takes more than tensors.
@@ -38,7 +38,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
   """
   path = files.require_whole(path)
   if path.suffix == ".npz":
-    return files.read_npz(path)
+    return array_files.read_npz(path)
   if path.suffix == ".safetensors":
     try:
       return safetensors.numpy.load_file(path)

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fairdiff_jax import files
-from fairdiff_jax.data.cases import Cases
+from fairdiff_jax import array_files, files
+from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.synthesis import sheet
 from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
@@ -63,6 +63,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     A mask that stays unsound is left out, with a notice. It raises ValueError
     if more than half of a group's are, or the bank that is there is damaged.
   """
+  require_training(cases, "the bank")
   real_group = case_groups(run.config, cases)
   anatomy = Anatomy(cases.image, cases.mask, real_group)
   real = {
@@ -187,7 +188,7 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Generated:
-  arrays = files.read_npz(path, mapped=True)
+  arrays = array_files.read_npz(path, mapped=True)
   absent = [name for name in Generated._fields if arrays.get(name) is None]
   if absent:
     raise ValueError(
@@ -197,7 +198,7 @@ def _read(path: Path) -> Generated:
 
 
 def _write_chunk(path: Path, cases: Generated):
-  with files.new_npz(path) as add:
+  with array_files.new_npz(path) as add:
     for name, array in cases._asdict().items():
       add(name, len(array), array.shape[1:], array.dtype, [array])
 
@@ -223,7 +224,7 @@ def _write(directory: Path, chunks, group, sizes, cases, record, picture):
   """Writes the sound cases of all chunks, manifest, picture and record."""
   first = chunks[0]
   with files.new_directory(directory) as temporary:
-    with files.new_npz(temporary / CASES) as add:
+    with array_files.new_npz(temporary / CASES) as add:
       for name in ("image", "mask"):
         row, dtype = getattr(first, name).shape[1:], getattr(first, name).dtype
         sound = (getattr(c, name)[c.sound] for c in chunks)

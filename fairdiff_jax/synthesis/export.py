@@ -2,18 +2,18 @@
 
 Of npz files' patients they are files of Harvard-FairSeg's current release; of a
 table's they are PNG files, with `cases.csv` and `domain.json`. The directory
-can be prepared and trained on like any other. Every npz file says that it is
-synthetic and how many clouds were drawn for it, as does the manifest, and what
-each was made from, and its SHA-256. A chunk of `bank.batch_size` cases
+can be prepared and trained on like any other. Every file says that it is
+synthetic and what it was made from, as does the manifest, with its SHA-256, and
+a data card says what there is. No case starts from a real patient; what a gate
+refuses is drawn again. A chunk of `bank.batch_size` cases
 is made whole, so that an export that was stopped goes on to the very same files
 (on devices of the same kind and number). What is there is kept if it is what
 was written, and else named: nothing is overwritten.
 """
 
-import contextlib
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,26 @@ from fairdiff_jax.data import npz, table
 from fairdiff_jax.data.attributes import ATTRIBUTES
 from fairdiff_jax.data.groups import (
   Vocabulary,
-  attributes_of,
   group_code,
   vocabulary_of,
 )
-from fairdiff_jax.synthesis.generate import make_generator
+from fairdiff_jax.synthesis import card as cards
+from fairdiff_jax.synthesis import draws
+from fairdiff_jax.synthesis.draws import Gate
+from fairdiff_jax.synthesis.making import (
+  AGAIN,
+  IMAGES,
+  LABELS,
+  Maker,
+  made_beside,
+  read_masks,
+)
 from fairdiff_jax.synthesis.sheet import SHOWN, contact_sheet
 from fairdiff_jax.training.checkpoint import fingerprint
 from fairdiff_jax.training.trained import Trained
 
-REQUEST, MANIFEST = "request.json", "manifest.jsonl"
-AGAIN = "move it away, and the same command makes it anew"
-TABLE, IMAGES, LABELS = "cases.csv", "images", "masks"
+REQUEST, MANIFEST = "request.json", table.MANIFEST
+TABLE = "cases.csv"
 
 
 def require_networks(trained: Trained, *names: str) -> None:
@@ -56,35 +64,66 @@ def require_networks(trained: Trained, *names: str) -> None:
 
 
 def export(
-  trained: Trained, out: str | Path, counts: Sequence[str], *, seed: int = 0
+  trained: Trained,
+  out: str | Path,
+  counts: Sequence[str] = (),
+  *,
+  seed: int = 0,
+  ratios: Sequence[str] = (),
+  masks: str | Path | None = None,
+  group_name: str = "",
+  gate: Gate | None = None,
+  budget: int = draws.BUDGET,
 ) -> None:
   """Writes synthetic cases from a run's newest checkpoint.
 
   `data_00001.npz` and on, groups in the order of their codes, then
   `data_summary.csv` (of a table's patients `images/data_00001.png`,
   `masks/data_00001.png` and on, `domain.json`, then `cases.csv`),
-  `manifest.jsonl` and `contact_sheet.png`. The same call goes on where it was
-  stopped.
+  `manifest.jsonl`, `contact_sheet.png`, and the data card. The same call goes
+  on where it was stopped. No case starts from a real patient.
 
   Args:
     trained: the run.
     out: where to write; new, empty, or of the same request.
     counts: cases of each group, such as ['Asian=64', 'Black=64'].
     seed: of all noise.
+    ratios: ranges of areas' ratios, such as ['cup to disc=0.3:0.6'].
+    masks: directory of label images, one for each case, in place of counts.
+    group_name: the group of whom these are.
+    gate: what every case must pass; what is refused is drawn again.
+    budget: draws of a case.
 
   Raises:
     FileExistsError: `out` holds something else.
-    ValueError: bad counts, a run without generators, a mask that could not be
-      drawn, or a file in `out` that is not what was written there.
+    FileNotFoundError: there are no such masks.
+    ValueError: bad counts or ranges, a run without generators, cases that were
+      refused until the budget was used up, or a file in `out` that is not what
+      was written there.
   """
   out = Path(out)
-  config, run = trained.config, trained.setup
+  config = trained.config
   attribute = config.data.attribute
   words = vocabulary_of(config.data)
+  given = None
+  if masks is not None:
+    if counts or ratios:
+      raise ValueError(
+        "with --masks give --group, and neither counts nor ratios"
+      )
+    if not group_name:
+      raise ValueError("--masks needs --group: whose masks they are")
+    require_networks(trained, "image")
+    given = read_masks(trained, masks)
+    counts = [f"{group_name}={len(given.name)}"]
   wanted = parse_counts(counts, attribute, config.data.pooled, words)
-  require_networks(trained, "points", "image")
+  if given is None:
+    require_networks(trained, "points", "image")
+  domain = trained.domain
+  ranges = draws.parse_ratios(ratios, domain)
   step, inference = trained.step, trained.inference
-  names = run.objective.group_names
+  maker = Maker(trained, ranges, given)
+  names = maker.names
   request = {
     "attribute": attribute,
     "counts": {names[code]: count for code, count in wanted.items()},
@@ -92,119 +131,192 @@ def export(
     "checkpoint_step": step,
     "checkpoint_sha256": fingerprint(inference._asdict()),
     "config_sha256": configs.config_hash(config),
+    "ratios": {name: list(ends) for name, ends in ranges.items()},
+    "masks": dict(zip(given.name, given.sha256, strict=True)) if given else {},
+    "gate": gate is not None,
   }
   require_request(out, request)
   group = np.repeat(
     np.array(list(wanted), np.int32), np.array(list(wanted.values()))
   )
-  domain = trained.domain
-  as_table = domains.is_table(config.data.source)
-  suffix = "png" if as_table else "npz"
-  folder = out / IMAGES if as_table else out
-  paths = [folder / f"data_{i:05d}.{suffix}" for i in range(1, len(group) + 1)]
+  suffix = "png" if maker.as_table else "npz"
+  paths = [
+    maker.path(out, f"data_{i:05d}.{suffix}") for i in range(1, len(group) + 1)
+  ]
   size = config.bank.batch_size
   lines = _read_manifest(out, paths)
-  if as_table:
+  if maker.as_table:
     lines = {k: v for k, v in lines.items() if (out / LABELS / k).exists()}
   missing = [
     chunk
     for chunk in (slice(i, i + size) for i in range(0, len(group), size))
     if not lines.keys() >= {path.name for path in paths[chunk]}
   ]
-  if jax.process_count() > 1:  # all have looked before one writes
-    multihost_utils.sync_global_devices("export")
+  _wait()  # all have looked before one writes
   first_host = jax.process_index() == 0
   if first_host:
-    for directory in (out, *((folder, out / LABELS) if as_table else ())):
+    folders = {out, *(path.parent for path in paths)}
+    if maker.as_table:
+      folders.add(out / LABELS)
+    for directory in folders:
       directory.mkdir(parents=True, exist_ok=True)
       files.sweep(directory)
     if not (out / REQUEST).exists():
       files.write(out / REQUEST, json.dumps(request, indent=2) + "\n")
-  sampler = {
-    "points": {"num_steps": config.points.num_steps},
-    "image": {
-      key: config.image[key]
-      for key in ("sample_steps", "solver", "eta", "guidance")
+  facts = {k: v for k, v in request.items() if k not in ("counts", "masks")}
+  facts |= {
+    "model": trained.layout.workdir.name,
+    "starts_from": "given masks" if given else "noise",
+    "sampler": {
+      "points": {"num_steps": config.points.num_steps},
+      "image": {
+        key: config.image[key]
+        for key in ("sample_steps", "solver", "eta", "guidance")
+      },
     },
   }
-  facts = {k: v for k, v in request.items() if k != "counts"}
-  facts["sampler"] = sampler
-  generate = make_generator(run) if missing else None
   number = np.arange(len(group))
   bar = tqdm(missing, desc="export", unit="batch", disable=not first_host)
   for chunk in bar:
-    cases = generate(inference, seed, number[chunk], group[chunk])
-    cases.require_sound()
+    drawn = draws.draw_accepted(
+      *(maker, seed, number[chunk], group[chunk]), gate=gate, budget=budget
+    )
     if first_host:
-      for i, image, mask, attempts in zip(
-        number[chunk], cases.image, cases.mask, cases.attempts, strict=True
-      ):
-        path, name = paths[i], names[group[i]]
-        if path.name in lines:
+      cases = drawn.cases
+      for row, i in enumerate(number[chunk]):
+        if paths[i].name in lines:
           continue
-        if as_table:
-          label = out / LABELS / path.name
-          for place, pixels in ((label, domain.label(mask)), (path, image)):
-            with made_beside(place) as made:
-              table.write_png(made, pixels)
-        else:
-          codes = attributes_of(attribute, name, config.data.pooled, words)
-          codes = {k: v for k, v in codes.items() if k in ATTRIBUTES}
-          with made_beside(path) as made:
-            npz.write_case(
-              made, image, mask, codes, synthetic=1, attempts=attempts
-            )
-        lines[path.name] = {
-          "file": path.name,
-          "sha256": files.sha256(path),
+        line = {
           "synthetic": True,
-          "group": name,
+          "group": names[group[i]],
           "number": int(i),
-          "attempts": int(attempts),
+          "draw": int(drawn.draw[row]),
+          "refused": drawn.refused[row],
+          "attempts": int(cases.attempts[row]),
         } | facts
+        if given:
+          line |= {"mask": given.name[i], "mask_sha256": given.sha256[i]}
+        line = {"file": paths[i].name, "sha256": ""} | line
+        line["sha256"] = maker.write(
+          out, line, cases.image[row], cases.mask[row]
+        )
+        lines[paths[i].name] = line
       known = [lines[path.name] for path in paths if path.name in lines]
       text = "".join(json.dumps(line) + "\n" for line in known)
       files.write(out / MANIFEST, text)
+  _wait()
+  card = _make_card(trained, maker, paths, group, request, gate)
   if first_host:
-    told = [
-      attributes_of(attribute, names[code], config.data.pooled, words)
-      for code in group
-    ]
-    if as_table:
-      files.write(
-        out / domains.FILE, json.dumps(domains.to_json(domain), indent=2) + "\n"
-      )
-      with made_beside(out / TABLE) as made:
-        _write_table(made, paths, told, words)
-    else:
-      rows = [
-        {
-          "filename": path.name,
-          **{k: v for k, v in codes.items() if k in ATTRIBUTES},
-          "use": "training",
-          "synthetic": 1,
-        }
-        for path, codes in zip(paths, told, strict=True)
-      ]
-      with made_beside(out / npz.SUMMARY) as made:
-        npz.write_summary(made.parent, rows)
+    refused = Counter(
+      why
+      for line in files.read_json_lines(out / MANIFEST)
+      for why in line.get("refused", ())
+    )
+    card["gate"]["refused"] = dict(sorted(refused.items()))
+    cards.check(card)
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    for name, content in (
+      (cards.CARD, text),
+      (cards.TEXT, cards.to_text(card)),
+    ):
+      with made_beside(out / name) as made:
+        files.write(made, content)
+    _write_tables(out, maker, paths, [names[code] for code in group], words)
     sheet = out / "contact_sheet.png"
     if not sheet.exists():
-
-      def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-        if not as_table:
-          return npz.read_case(path)[:2]
-        masks = (out / LABELS / path.name,)
-        row = table.Row(path.stem, path, masks, "train", {})
-        return table.read_case(row, domain)[:2]
-
       groups = {
         f"Synthetic: {names[code]}, seed {seed}, step {step}": [
-          read(paths[i]) for i in number[group == code][:SHOWN]
+          maker.read(paths[i]) for i in number[group == code][:SHOWN]
         ]
         for code in wanted
       }
       files.write(sheet, contact_sheet(groups, domain))
+
+
+def _wait():
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("export")
+
+
+def _make_card(
+  trained: Trained,
+  maker: Maker,
+  paths: Sequence[Path],
+  group: np.ndarray,
+  request: Mapping[str, Any],
+  gate: Gate | None,
+) -> dict[str, Any]:
+  """The data card of cases that were written, but for what was refused."""
+  image, mask = map(np.stack, zip(*map(maker.read, paths), strict=True))
+  measured = [draws.measure_ratios(m, maker.domain) for m in mask]
+  ratios = {}
+  for name in maker.domain.ratios:
+    known = [row[name] for row in measured if row[name] is not None]
+    if known:
+      ratios[name] = {
+        "mean": float(np.mean(known)),
+        "least": min(known),
+        "most": max(known),
+      }
+  figures = {"privacy": None, "agreement": None}
+  if gate:
+    figures = gate.measure(image, mask, group)
+  source = trained.config.data.source
+  return {
+    "schema": cards.VERSION,
+    "synthetic": True,
+    "cases": len(paths),
+    "groups": request["counts"],
+    "attribute": request["attribute"],
+    "ratios": ratios,
+    "model": {
+      "run": trained.layout.workdir.name,
+      **{
+        key: request[key]
+        for key in ("checkpoint_step", "checkpoint_sha256", "config_sha256")
+      },
+    },
+    "seed": request["seed"],
+    "starts_from": "given masks" if request["masks"] else "noise",
+    "gate": {"checked": gate is not None, "refused": {}},
+    **figures,
+    "licence": (
+      "Made from phantoms: no patient's data has terms to hold."
+      if source == "phantom"
+      else "Made by a model that was trained on other people's data"
+      f" ({Path(source).name or 'unnamed'}): its terms, and those of imported"
+      " weights, hold for these cases as well, such as that they may be used"
+      " for research alone."
+    ),
+  }
+
+
+def _write_tables(
+  out: Path,
+  maker: Maker,
+  paths: Sequence[Path],
+  groups: Sequence[str],
+  words: Vocabulary,
+) -> None:
+  """Writes what tells of the cases' attributes."""
+  told = [maker.attributes(name) for name in groups]
+  if maker.as_table:
+    text = json.dumps(domains.to_json(maker.domain), indent=2) + "\n"
+    files.write(out / domains.FILE, text)
+    with made_beside(out / TABLE) as made:
+      _write_table(made, paths, told, words)
+    return
+  rows = [
+    {
+      "filename": path.name,
+      **{k: v for k, v in codes.items() if k in ATTRIBUTES},
+      "use": "training",
+      "synthetic": 1,
+    }
+    for path, codes in zip(paths, told, strict=True)
+  ]
+  with made_beside(out / npz.SUMMARY) as made:
+    npz.write_summary(made.parent, rows)
 
 
 def parse_counts(
@@ -286,24 +398,6 @@ def _read_manifest(
         f" not that of {manifest}; {AGAIN}"
       )
   return {name: line for name, line in lines.items() if line}
-
-
-@contextlib.contextmanager
-def made_beside(path: Path) -> Iterator[Path]:
-  """A path of the same name to write to, which then becomes `path`.
-
-  Raises:
-    ValueError: there is another file already.
-  """
-  with tempfile.TemporaryDirectory(
-    prefix=files.LEFTOVER, dir=path.parent
-  ) as directory:
-    made = Path(directory) / path.name
-    yield made
-    if not path.exists():
-      made.rename(path)
-    elif files.sha256(made) != files.sha256(path):
-      raise ValueError(f"{path} is not what this request makes here; {AGAIN}")
 
 
 def _write_table(path, images, told, words):

@@ -111,21 +111,24 @@ def make_generator(
       None makes cases of noise alone, whatever the config asks for.
 
   Returns:
-    (inference, seed, number [n], group [n], title='cases') -> Generated, with
-    `seed` that of all noise, an integer or several, and any n; `title` names
-    its progress bar.
+    (inference, seed, number [n], group [n], title='cases', wanted=None) ->
+    Generated, with `seed` that of all noise, an integer or several, and any n;
+    `title` names its progress bar. `wanted` says of a sound mask [H, W] what
+    else is wrong with it, or ''.
   """
   size = run.config.bank.batch_size
   domain = run.domain
   draw_masks = _make_mask_generator(run, anatomy)
   draw_images = make_image_generator(run, anatomy)
 
-  def generate(inference, seed, number, group, title="cases"):
+  def generate(
+    inference, seed, number, group, title="cases", wanted=lambda mask: ""
+  ):
     number, group = np.asarray(number), np.asarray(group)
     cases = []
     for rows in batches(len(number), size, title):
       which = number[rows], group[rows]
-      masks, *rest = draw_masks(inference, seed, *which)
+      masks, *rest = draw_masks(inference, seed, *which, wanted)
       images = draw_images(inference, seed, *which, masks)
       cases.append(Generated(images, masks, *rest))
     return join(cases, run.config.data.size, domain.channels)
@@ -134,7 +137,7 @@ def make_generator(
 
 
 def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
-  """Compiles (inference, seed, number, group) -> masks, attempts, fault.
+  """Compiles the drawing of masks: -> masks, attempts, fault.
 
   A mask is drawn until it is sound, or `bank.max_attempts` are used up; n is at
   most `bank.batch_size`.
@@ -150,7 +153,7 @@ def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
 
     draw_points = _compile(run, "points", points, ())
 
-  def draw(inference, seed, number, group):
+  def draw(inference, seed, number, group, wanted):
     masks = np.zeros((len(number), *shape), np.uint8)
     attempts = np.zeros(len(number), int)
     faults = [""] * len(number)
@@ -172,7 +175,7 @@ def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
         fault = mask_fault(
           masks[i], min_solidity=config.min_solidity, domain=domain
         )
-        faults[i] = fault or ""
+        faults[i] = fault or wanted(masks[i])
       pending = np.array([i for i in pending if faults[i]], int)
     return masks, attempts, np.array(faults, str)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 from fairdiff_jax.data.domain import FUNDUS, Domain
 from fairdiff_jax.layout import Layout
 
@@ -107,7 +107,7 @@ def read_bank(
   """
   read_record(directory)
   path = directory / CASES
-  arrays = files.read_npz(path, Synthetic._fields, mapped=True)
+  arrays = array_files.read_npz(path, Synthetic._fields, mapped=True)
   absent = [name for name in Synthetic._fields if arrays.get(name) is None]
   if absent:
     raise ValueError(f"{path} has no array {absent[0]!r}; {remedy(directory)}")

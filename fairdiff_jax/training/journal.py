@@ -159,7 +159,7 @@ class Journal:
       mininterval=0.5 if sys.stderr.isatty() else 10,
       bar_format=BAR,
     )
-    self._shown = {}  # what stands behind the bar, by topic
+    self._shown: dict[str, str] = {}  # what stands behind the bar, by topic
     self._last_step, self._last_time = start, time.monotonic()
 
   def step(self, left: str = ""):

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from fairdiff_jax import files
+from fairdiff_jax import array_files, files
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.objectives.latent_space import (
@@ -120,7 +120,7 @@ def _encode(autoencoder, params, image, mesh):
 
 def _write(folder, latent):
   with files.new_directory(folder) as directory:
-    with files.new_array(
+    with array_files.new_array(
       directory / FILE, len(latent), latent.shape[1:], latent.dtype
     ) as append:
       append(latent)

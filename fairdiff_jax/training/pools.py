@@ -6,7 +6,7 @@ import numpy as np
 
 from fairdiff_jax.data import groups
 from fairdiff_jax.data.augment import generators_recipe
-from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.data.loader import Joined, Pool, draw, make_batch
 from fairdiff_jax.data.mixture import (
   group_sizes,
@@ -54,10 +54,11 @@ class Pools:
 
   Raises:
     ValueError: at once, rather than when a network starts, if one of its
-      batches or pools cannot be made.
+      batches or pools cannot be made, or the cases are no training cases.
   """
 
   def __init__(self, config, cases: Cases, group_names: tuple[str, ...]):
+    require_training(cases, "training")
     self._config = config
     self._cases = cases
     self.group = case_groups(config, cases)

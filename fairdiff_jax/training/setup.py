@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from fairdiff_jax.config import check
 from fairdiff_jax.data import domain, groups, statistics
-from fairdiff_jax.data.cases import Cases
+from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.objectives.joint import NETWORKS, Objective, make_objective
 from fairdiff_jax.training.checkpoint import describe
 from fairdiff_jax.training.latents import cached_shape
@@ -130,7 +130,11 @@ def initial_state(run: Setup, cases: Cases, group: np.ndarray) -> TrainState:
     run: set-up of the run.
     cases: training cases.
     group: of each case [n], -1 for unknown.
+
+  Raises:
+    ValueError: they are no training cases.
   """
+  require_training(cases, "the initial state")
   number = len(run.objective.group_names)
   stats = statistics.compute(
     cases, group, number, intensity_prior=run.config.image.intensity_prior
