@@ -298,55 +298,6 @@ def test_checkpoints_move_between_meshes(runs, results, tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def saved(runs, initial, tmp_path_factory):
-  """A checkpoint of eight devices, in four copies of two shards."""
-  workdir = tmp_path_factory.mktemp("saved")
-  checkpoints = Checkpoints(workdir)
-  checkpoints.save(on(runs["jit"], initial), facts={})
-  checkpoints.close()
-  return workdir
-
-
-@pytest.mark.parametrize(
-  "devices, fsdp",
-  [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 4), (8, 8)],
-)
-def test_a_checkpoint_is_restored_on_any_mesh(
-  runs, initial, saved, devices, fsdp
-):
-  run = runs["jit"]
-  mesh = make_mesh(fsdp, jax.devices()[:devices])
-  wanted = tree_shardings(run.abstract, mesh, run.config.parallel.rules)
-  abstract = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding
-    ),
-    run.abstract,
-    wanted,
-  )
-  checkpoints = Checkpoints(saved)
-  _, parts = checkpoints.restore(abstract, ("inference", "training"))
-  checkpoints.close()
-  state = join(parts, abstract.imported)
-  jax.tree.map(np.testing.assert_array_equal, to_host(state), initial)
-  assert jax.tree.map(lambda x: x.sharding, state) == wanted
-  assert any(not x.is_fully_replicated for x in jax.tree.leaves(state)) == (
-    fsdp > 1
-  )
-
-
-@pytest.mark.parametrize("layout", ["jit", "pmap"])
-def test_the_next_losses_are_those_of_any_mesh(results, layout):
-  (found, *_), (known, *_) = (
-    results(name, "group_dro")[1] for name in (layout, "one")
-  )
-  losses = [key for key in known if key.startswith("loss/")]
-  assert len(losses) > 3
-  for key in losses:
-    assert found[key] == pytest.approx(known[key], rel=1e-6, abs=1e-6), key
-
-
 def test_generation_depends_neither_on_devices_nor_on_company(runs, initial):
   """Masks are equal, images up to rounding to the next of 256 levels."""
   number = np.arange(10, 18)
