@@ -13,6 +13,9 @@ real training patients are to each other:
 * a membership attack: that training patients have nearer synthetic cases than
   held-out ones, as an AUC (DeLong et al. 1988), by group, .5 where nothing
   gives members away.
+
+A real image that was turned or warped is far in these distances: nothing that
+starts from one may be shared, whatever they say.
 """
 
 from collections.abc import Mapping, Sequence
