@@ -10,6 +10,7 @@ from fairdiff_jax.launch import command
 
 from fairdiff_jax import config as configs
 from fairdiff_jax import recipes
+from fairdiff_jax.data.domain import FUNDUS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -35,6 +36,8 @@ def test_every_command_and_its_flags_are_there(page):
     flags = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', script))
     if "takes_config=True" in script:
       flags |= {"config"}
+    if name == "sample":  # of the run's domain
+      flags |= {ratio.replace(" ", "-") for ratio in FUNDUS.ratios}
     for flag in re.findall(r"--([\w.-]+)", rest):
       flag = flag.partition(".")[0] if flag.startswith("config.") else flag
       assert flag in flags | {"help"}, f"fairdiff {name} --{flag}"
