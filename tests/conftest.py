@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, and one compilation cache.
+"""Eight simulated devices for every test, one compilation cache, one run.
 
 Tests compile far longer than they run. So code is optimised little (not at
 all would hide faults that only optimised code has), and what one test process
@@ -9,16 +9,25 @@ that is late for a collective is waited for longer than the 40 s after which XLA
 ends the process.
 """
 
+import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEVICES = "--xla_force_host_platform_device_count="
 
 # JAX reads these once, when its backend starts; child processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
+    f"{DEVICES}8",
     "--xla_backend_optimization_level=1",
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
   ]
@@ -33,3 +42,59 @@ def pytest_configure(config):
   import jax  # not before the environment is complete
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+  """Calls `fairdiff` of what is installed, on one device, in a folder."""
+  site = _once(tmp_path_factory, "site", _install)
+
+  def call(folder, *arguments):
+    start = "from fairdiff_jax.launch.command import main; main()"
+    flags = os.environ["XLA_FLAGS"].replace(f"{DEVICES}8", f"{DEVICES}1")
+    return subprocess.run(
+      [sys.executable, "-c", start, *map(str, arguments)],
+      cwd=folder,
+      env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": flags},
+      capture_output=True,
+      text=True,
+      timeout=600,
+    )
+
+  call.site = site
+  return call
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, command):
+  """A run of the smoke recipe with validations: to be copied, not changed."""
+
+  def train(folder):
+    asked = ("--config.data.validation=0.2", "--config.evaluation.every=2")
+    done = command(
+      *(folder.parent, "train", "--config", "phantom:smoke", *asked),
+      *("--workdir", folder.name),
+    )
+    assert done.returncode == 0, done.stderr
+
+  return _once(tmp_path_factory, "trained_run", train)
+
+
+def _install(site):
+  with tempfile.TemporaryDirectory() as work:
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", work]
+    subprocess.run([*build, "--build-lib", site], cwd=ROOT, check=True)
+
+
+def _once(tmp_path_factory, name, make):
+  """What `make(folder)` puts into a folder that all test processes share."""
+  shared = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    shared = shared.parent
+  folder, done = shared / name, shared / f"{name}_is_done"
+  with open(shared / f"{name}_lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not done.exists():
+      make(folder)
+      done.touch()
+  return folder

@@ -489,7 +489,8 @@ def test_images_of_a_users_masks(trained, tmp_path):
   with pytest.raises(ValueError, match="neither counts nor ratios"):
     export.export(trained, tmp_path / "x", ["Black=1"], masks=folder)
   with pytest.raises(FileNotFoundError, match="is not a directory"):
-    export.export(trained, tmp_path / "x", masks=tmp_path / "none")
+    missing = {"masks": tmp_path / "none", "group_name": "Black"}
+    export.export(trained, tmp_path / "x", **missing)
 
 
 def test_an_export_knows_no_real_patient(trained, calls, monkeypatch, tmp_path):

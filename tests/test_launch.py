@@ -143,7 +143,7 @@ def test_an_override_that_cannot_be_is_refused(tmp_path, arguments, message):
     ),
     (("--workdir", "none", "--config", "configs"), "does not exist"),
     (("--workdir", "none", "--config", "configs/phantom.py:no"), "variant"),
-    (("--workdir", "none", "--config", "launch/cli.py"), "is no recipe"),
+    (("--workdir", "none", "--config", "launch/command.py"), "is no recipe"),
     ((*SMOKE, "--workdr", "none"), "Did you mean: workdir"),
     (SMOKE, "--workdir must have a value"),
   ],

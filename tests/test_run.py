@@ -51,9 +51,10 @@ def examples(thing):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, trained_run):
   """A folder with the run and the photographs of the examples."""
   folder = tmp_path_factory.mktemp("place")
+  shutil.copytree(trained_run, folder / "runs" / "first")
   photographs(folder / "photographs")
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(folder)
@@ -115,12 +116,17 @@ def tour():
 
 @pytest.mark.parametrize("cells", [readme, tour], ids=["readme", "tour"])
 def test_what_the_documentation_runs_runs(place, cells, monkeypatch):
-  """On the run that is there, which the same lines have trained."""
+  """On the run that is there, of the same recipe, which is also validated."""
 
   def train(self):
     configs.require(self.layout.workdir, self.config)
     return True
 
+  recipe = fairdiff_jax.recipe
+  validated = {"data.validation": 0.2, "evaluation.every": 2}
+  monkeypatch.setattr(
+    fairdiff_jax, "recipe", lambda name: recipe(name, validated)
+  )
   monkeypatch.setattr(Run, "train", train)
   monkeypatch.setenv("MPLBACKEND", "agg")
   names = {}
@@ -448,7 +454,7 @@ def test_what_is_handed_over_explains_itself(run, handed_over):
     "segmenter/segmenter.stablehlo",
   }
   card = (handed_over / "MODEL_CARD.md").read_text()
-  assert "Made-up patients" in card and "| Asian | 2 |" in card
+  assert "Made-up patients" in card and "| Asian | 1 |" in card
   assert "FairDiff, joint | cup |" in card and "Apache-2.0" in card
   assert "uint8 [n, 32, 32, 1]" in card
   arrays = safetensors.numpy.load_file(

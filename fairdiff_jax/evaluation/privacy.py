@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from fairdiff_jax.data.cases import Cases, require_training
 from fairdiff_jax.data.domain import Domain
@@ -383,6 +382,8 @@ def _share_interval(count: int, n: int) -> tuple[float, float]:
   """That of Clopper & Pearson (1934) for a share; NaN of nothing."""
   if not n:
     return np.nan, np.nan
+  from scipy import stats  # takes long to import
+
   tail = (1 - LEVEL / 100) / 2
   low = stats.beta.ppf(tail, count, n - count + 1) if count else 0.0
   high = stats.beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import linalg, ndimage, stats
+from scipy import linalg, ndimage
 from scipy.spatial.distance import cdist
 
 from fairdiff_jax.data.audit import signed_distance
@@ -160,6 +160,8 @@ def two_sample_auc(
     The AUC, mean over folds, and its interval; NaN where either side has fewer
     than `MIN_CASES`, or there are fewer patients than folds.
   """
+  from scipy import stats  # takes long to import
+
   n, m = len(real), len(synthetic)
   patient = np.arange(n) if patient is None else np.asarray(patient)
   who = np.unique(patient, return_inverse=True)[1]
