@@ -44,6 +44,15 @@ def pytest_configure(config):
   jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """One process has a file's tests, and those that wait for `trained_run`."""
+  for item in items:
+    waits = "trained_run" in item.fixturenames
+    group = "trained_run" if waits else item.path.name
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
   """Calls `fairdiff` of what is installed, on one device, in a folder."""
