@@ -22,10 +22,10 @@ def get_config(variant: str = ""):
   config.data.validation = 0.2  # which leaves 100
   shrink_points(config)
 
-  config.train.steps = 1300
-  config.train.image = (600 / 1300, 1.0)
-  config.train.segmenter = (700 / 1300, 1.0)
-  config.bank.every = 200
+  config.train.steps = 700
+  config.train.image = (300 / 700, 1.0)
+  config.train.segmenter = (400 / 700, 1.0)
+  config.bank.every = 150
   config.bank.masks = "both"
   config.bank.strength = 0.4
   config.checkpoint.every = 300
