@@ -29,6 +29,7 @@ from fairdiff_jax.evaluation.realism import (
   MIN_CASES,
   comparable,
   frechet_distance,
+  matching,
   precision_recall,
 )
 
@@ -197,10 +198,10 @@ def of_features(
       "FID": frechet_distance(pooled[a], pooled[b]),
       "precision": precision,
       "recall": recall,
-      **_matching(distance, a, b),
+      **matching(distance[np.ix_(a, b)]),
       **{
         f"{name}, published": value
-        for name, value in _matching(distance, b, a).items()
+        for name, value in matching(distance[np.ix_(b, a)]).items()
       },
     }
 
@@ -215,14 +216,6 @@ def of_features(
     "kid_real_interval": within[1:],
     "n": n,
     "measures": measures,
-  }
-
-
-def _matching(distance, a, b) -> dict[str, float]:
-  between = distance[np.ix_(a, b)]
-  return {
-    "MMD": float(between.min(1).mean()),
-    "COV": len(np.unique(between.argmin(0))) / len(a),
   }
 
 
@@ -296,7 +289,7 @@ def of_clouds(
 
   def measure(a, b):
     accuracy = nearest_neighbour_accuracy(distance, a, b)
-    return _matching(distance, a, b) | {"1-NNA": accuracy}
+    return matching(distance[np.ix_(a, b)]) | {"1-NNA": accuracy}
 
   rows = np.arange(len(masks))
   n, measures = halves(

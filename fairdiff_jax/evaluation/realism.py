@@ -428,7 +428,7 @@ def minimum_matching_distance(
   Raises:
     ValueError: of shapes that do not fit.
   """
-  return float(_distances(real, synthetic, published).min(1).mean())
+  return matching(_distances(real, synthetic, published))["MMD"]
 
 
 def coverage(
@@ -444,8 +444,15 @@ def coverage(
   Raises:
     ValueError: of shapes that do not fit.
   """
-  distance = _distances(real, synthetic, published)
-  return len(np.unique(distance.argmin(0))) / len(distance)
+  return matching(_distances(real, synthetic, published))["COV"]
+
+
+def matching(distance: np.ndarray) -> dict[str, float]:
+  """MMD and COV, of the distances [n, m] from real to synthetic cases."""
+  return {
+    "MMD": float(distance.min(1).mean()),
+    "COV": len(np.unique(distance.argmin(0))) / len(distance),
+  }
 
 
 def _distances(real, synthetic, published: bool) -> np.ndarray:
