@@ -137,6 +137,20 @@ class Domain(NamedTuple):
       mask[regions[name]] = i + 1
     return mask
 
+  def areas(self, mask: np.ndarray) -> dict[str, int]:
+    """Pixels of what is reported, in a mask [H, W] of classes."""
+    return {
+      name: int(np.isin(mask, classes).sum())
+      for name, classes in self.reported_classes.items()
+    }
+
+  def ratios_of(self, areas: Mapping[str, int]) -> dict[str, float | None]:
+    """The ratios of areas; None where one is undefined."""
+    return {
+      name: areas[part] / areas[whole] if areas[whole] else None
+      for name, (part, whole) in self.ratios.items()
+    }
+
   def label(self, mask: np.ndarray) -> np.ndarray:
     """A label image, uint8 or uint16, of a mask of classes."""
     values = {c: v for v, c in reversed(self.value_classes.items())}

@@ -204,14 +204,8 @@ def _read(path: Path, channels: int) -> np.ndarray:
 
 def _measure(mask: np.ndarray, domain: Domain) -> dict[str, Any]:
   """Areas in pixels, and ratios of them; None where one is undefined."""
-  areas = {
-    name: int(np.isin(mask, classes).sum())
-    for name, classes in domain.reported_classes.items()
-  }
-  ratios = {
-    key(name): areas[part] / areas[whole] if areas[whole] else None
-    for name, (part, whole) in domain.ratios.items()
-  }
+  areas = domain.areas(mask)
+  ratios = {key(name): of for name, of in domain.ratios_of(areas).items()}
   measured = {f"{key(name)}_pixels": area for name, area in areas.items()}
   return {"height": mask.shape[0], "width": mask.shape[1], **measured, **ratios}
 

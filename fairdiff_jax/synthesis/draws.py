@@ -151,11 +151,4 @@ def out_of_range(
 
 def measure_ratios(mask: np.ndarray, domain: Domain) -> dict[str, float | None]:
   """The domain's ratios of areas of a mask; None where one is undefined."""
-  areas = {
-    name: int(np.isin(mask, classes).sum())
-    for name, classes in domain.reported_classes.items()
-  }
-  return {
-    name: areas[part] / areas[whole] if areas[whole] else None
-    for name, (part, whole) in domain.ratios.items()
-  }
+  return domain.ratios_of(domain.areas(mask))
