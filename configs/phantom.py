@@ -40,17 +40,16 @@ def get_config(variant: str = ""):
     config.data.phantom.test = 2
     config.points.num_steps = 10
     config.image.channels = (8,)
-    config.image.attention = (True,)
+    config.image.attention = (False,)
     config.image.hint_channels = (8,)
     config.image.sample_steps = 2
     config.segmenter.channels = (8,)
     config.data.num_points = config.points.num_points = 32
-    config.points.encoder_widths = (16, 16)
-    config.points.head_widths = (16, 16)
+    config.points.encoder_widths = config.points.head_widths = (16,)
     config.points.latent_dim = 8
-    config.points.flow_depth = 2
+    config.points.flow_depth = 1
     config.points.flow_width = 16
-    config.points.decoder_widths = (16, 16)
+    config.points.decoder_widths = (16,)
     config.train.steps = 8
     config.train.image = (0.0, 1.0)
     config.train.segmenter = (0.25, 1.0)

@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     f"{DEVICES}8",
-    "--xla_backend_optimization_level=1",
+    "--xla_backend_optimization_level=0",
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
   ]
 )

@@ -4,11 +4,9 @@ import json
 import time
 
 import cv2
-import jax
 import numpy as np
 import pytest
 
-from configs import fairseg as fairseg_recipe
 from configs import own
 from fairdiff_jax.data import contours, groups, prepare, storage, table
 from fairdiff_jax.data import domain as domains
@@ -16,9 +14,6 @@ from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.experiment import run
 from fairdiff_jax.files import read_csv
 from fairdiff_jax.synthesis.export import export
-from fairdiff_jax.training.checkpoint import Inference
-from fairdiff_jax.training.schedule import phases
-from fairdiff_jax.training.setup import describe_batch, setup, step_function
 from fairdiff_jax.training.trained import restore
 from tests import patients, tables
 
@@ -221,26 +216,6 @@ def test_a_table_of_eyes_is_prepared_as_npz_files_are(tmp_path):
     for field in ("image", "mask", "points"):
       np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
   prepare.require_prepared(config.data, tmp_path / "b")
-
-
-@pytest.mark.parametrize("variant", ["", "samed", "transunet", "sd15"])
-def test_networks_see_colours_and_all_classes(variant):
-  """At the full size of the recipes, by shape."""
-  content = domains.to_json(FUNDUS) | {"channels": 3}
-  content["structures"] += [{"name": "fovea", "values": [3]}]
-  config = fairseg_recipe.get_config(variant).unlock()
-  config.data.domain = domains.text(domains.parse(content))
-  set_up = setup(config, jax.devices()[:1])
-  most = max((p.active for p in phases(config)), key=len)
-  batch = describe_batch(config, most)
-  assert batch["segmentation"]["image"].shape[-1] == 3
-  jax.eval_shape(step_function(set_up, most), set_up.abstract, batch)
-  _, aux = jax.eval_shape(
-    lambda *x: set_up.objective.tasks["segmenter"].risk(*x, None, False),
-    Inference.of(set_up.abstract).network("segmenter"),
-    batch["segmentation"],
-  )
-  assert aux["dice"][0].shape[-1] == 4
 
 
 def test_one_file_per_structure(tmp_path):

@@ -92,7 +92,7 @@ def make_state():
 def world(monkeypatch):
   """A run without networks; what it did, and what is to happen when."""
   count = session.make_step
-  world = SimpleNamespace(steps=[], generated=[], at={}, faults={})
+  world = SimpleNamespace(steps=[], generated=[], at={}, faults={}, losses={})
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = checkpoint.describe(
     make_state, lambda tree: jax.tree.map(lambda _: device, tree)
@@ -117,7 +117,7 @@ def world(monkeypatch):
       world.steps.append((number, active))
       params = {"network": state.params["network"] + number}
       return state.replace(step=state.step + 1, params=params, ema=params), {
-        "loss/total": jnp.float32(1)
+        "loss/total": jnp.float32(world.losses.get(number, 1))
       }
 
     return step
@@ -595,6 +595,19 @@ def test_seeds_and_steps_of_banks_are_in_their_noise(tmp_path, world):
   ]
   record = tmp_path / "7" / "bank" / "step_00000004" / "bank.json"
   assert json.loads(record.read_text())["seed"] == [7, 4, 1]
+
+
+def test_a_step_that_is_not_finite_stops_the_run(tmp_path, world):
+  world.losses[3] = np.nan
+  with pytest.raises(FloatingPointError, match="is not finite") as error:
+    run(tmp_path, **{"checkpoint.every": 1})
+  (dump,) = tmp_path.glob("nonfinite_step_*.json")
+  assert str(dump) in str(error.value)
+  content = json.loads(dump.read_text())
+  assert content["step"] == 3
+  assert len(content["cases"]["generation"]) == 8
+  assert content["metrics"] == {"loss/total": "nan"}
+  assert checkpoints(tmp_path) == [2, 3]  # the states before it
 
 
 def test_the_time_left_knows_what_was_seen(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def start(workdir, processes=1, devices=2, **overrides):
   """Starts a run, each process with its own simulated devices."""
   flags = [
     f"--xla_force_host_platform_device_count={devices}",
-    "--xla_backend_optimization_level=1",
+    "--xla_backend_optimization_level=0",
   ]
   return subprocess.Popen(
     command(workdir, processes, **overrides),
