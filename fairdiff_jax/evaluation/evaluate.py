@@ -189,7 +189,9 @@ def evaluate(
     What `summary.json` holds; on hosts other than the first, {}.
 
   Raises:
-    ValueError: unknown definitions, or other data than the run was trained on.
+    FileNotFoundError: `evaluation.features_weights` names no file.
+    ValueError: that file holds another network; unknown definitions; or other
+      data than the run was trained on.
   """
   config, run, layout = trained.config, trained.setup, trained.layout
   evaluation = evaluation or config.evaluation
