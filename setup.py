@@ -68,6 +68,7 @@ setup(
       "segment-anything",
       "torch",
       "torch-fidelity",
+      "torchvision",
       "transformers",
     ],
   },

@@ -151,10 +151,22 @@ def _contradictions(config, num_devices) -> Iterator[str]:
       "image.cache_latents=True is for image.network='stable_diffusion', not"
       f" {image.network!r}, which has no latents; set it to False"
     )
-  if config.evaluation.patience and not config.evaluation.every:
+  evaluation = config.evaluation
+  if evaluation.patience and not evaluation.every:
     yield (
-      f"evaluation.patience={config.evaluation.patience} counts validations,"
-      " and there are none; set evaluation.every too"
+      f"evaluation.patience={evaluation.patience} counts validations, and there"
+      " are none; set evaluation.every too"
+    )
+  if evaluation.features != "segmenter" and not evaluation.features_weights:
+    yield (
+      f"evaluation.features={evaluation.features!r} is a published network;"
+      " name the file of its weights in evaluation.features_weights"
+    )
+  if evaluation.features == "segmenter" and evaluation.features_weights:
+    yield (
+      f"evaluation.features_weights={evaluation.features_weights!r} is read by"
+      " no 'segmenter'; set evaluation.features to the network whose they are,"
+      " or leave it out"
     )
   parallel = config.parallel
   if parallel.compile == "pmap" and parallel.fsdp != 1:

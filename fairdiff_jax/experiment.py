@@ -16,6 +16,7 @@ from fairdiff_jax import files
 from fairdiff_jax.data import domain, prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.groups import OTHER, recorded, small_groups
+from fairdiff_jax.evaluation import features
 from fairdiff_jax.evaluation.evaluate import evaluate
 from fairdiff_jax.evaluation.validation import make_validate
 from fairdiff_jax.layout import Layout
@@ -91,6 +92,7 @@ def run(
     True if it is complete, False if it was asked to stop.
 
   Raises:
+    FileNotFoundError: `evaluation.features_weights` names no file.
     ValueError: the config cannot run, the directory belongs to a run of another
       config or data, or another process writes to it.
   """
@@ -98,6 +100,7 @@ def run(
   files.require_plain(workdir, "--workdir")
   if not proceed:
     configs.require(workdir, config)
+  features.require(config.evaluation)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       stack.enter_context(files.owned(workdir))

@@ -402,6 +402,12 @@ FIELDS: dict[str, Any] = dict(
       *("fairseg_sum", "population_std"),
     ),
     synthetic_per_group=_whole(64, "synthetic cases in the report", 0),
+    features=_choice(
+      "segmenter",
+      "whose features the report compares: the run's, or published networks",
+      *("inception", "resnet50"),
+    ),
+    features_weights=_text("", "file of inception's or resnet50's weights"),
   ),
 )
 

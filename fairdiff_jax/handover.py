@@ -36,7 +36,11 @@ CARD = "MODEL_CARD.md"
 PROGRAM = "segmenter.stablehlo"
 PARAMETERS = "parameters.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")  # that the program runs on
-PATHS = ("source", "directory", "split", "domain", "weights")  # of a config
+# Fields of a config that say where something lies.
+PATHS = (
+  *("source", "directory", "split", "domain", "weights"),
+  "features_weights",
+)
 
 
 def write(trained: Trained, out: str | Path) -> None:

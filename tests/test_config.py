@@ -92,6 +92,11 @@ def test_a_value_out_of_range_is_named(field, value, allowed):
     ({"parallel.fsdp": 3}, "does not divide the 8 devices"),
     ({"parallel.compile": "pmap", "parallel.fsdp": 2}, "set parallel.fsdp=1"),
     ({"data.pooled": ("Asian",)}, "set data.min_cases"),
+    (
+      {"evaluation.features": "inception"},
+      "its weights in evaluation.features_weights",
+    ),
+    ({"evaluation.features_weights": "a.pth"}, "is read by no 'segmenter'"),
   ],
 )
 def test_what_contradicts_itself_is_named(changes, message):

@@ -14,7 +14,7 @@ from fairdiff_jax import config as configs
 from fairdiff_jax.data import prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import evaluate as evaluation
-from fairdiff_jax.evaluation import report
+from fairdiff_jax.evaluation import features, report
 from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis.bank import BANK
 from fairdiff_jax.synthesis.generate import Generated, _key
@@ -23,6 +23,7 @@ from fairdiff_jax.training.checkpoint import Checkpoints
 from fairdiff_jax.training.pools import case_groups
 from fairdiff_jax.training.setup import initial_state, setup
 from fairdiff_jax.training.trained import restore
+from tests.test_features import write_small_resnet
 
 NAMES = ("A", "B", "C")
 
@@ -94,9 +95,18 @@ def test_masks_that_cannot_be_drawn_cost_no_report(tmp_path, save, monkeypatch):
   assert text.count("Synthetic case, ") == 3
 
 
-def test_generators_alone_give_a_report(tmp_path, save):
+def test_generators_alone_give_a_report(tmp_path, data, save, monkeypatch):
+  """With features of a published network, of real cases but once."""
   workdir = save(
-    tmp_path / "run", **{"train.segmenter": (0, 0), "bank.harmonics": 1}
+    tmp_path / "run",
+    **{
+      "train.segmenter": (0, 0),
+      "bank.harmonics": 1,
+      "evaluation.features": "resnet50",
+      "evaluation.features_weights": str(
+        write_small_resnet(tmp_path / "a.safetensors", monkeypatch)
+      ),
+    },
   )
   (workdir / "metrics.jsonl").write_text('{"step": 1, "loss/points": 1}\n{"s')
   result = evaluation.evaluate(restore(workdir))
@@ -105,6 +115,11 @@ def test_generators_alone_give_a_report(tmp_path, save):
   assert "the run trains no segmenter" in result["verdict"]
   assert result["notices"] == []
   assert result["facts"]["test cases"] == 6
+  words = result["realism"]["all"]["features"]["extractor"]
+  assert words.startswith("ResNet-50 (a.safetensors, sha256 ")
+  assert result["facts"]["features of realism"] == words
+  (kept,) = (data / features.FOLDER).iterdir()
+  assert array_files.read_npz(kept)["features"].shape == (6, 32)
   text = (workdir / "report" / "index.html").read_text()
   assert text.count("Synthetic case, ") == text.count("Real case, ") == 6
   assert "Loss: points" in text and "Worst cases" not in text

@@ -9,6 +9,7 @@ from fairdiff_jax.data import phantom
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import privacy, results, segmentation, trust
 from fairdiff_jax.evaluation import synthetic_sections as sections
+from fairdiff_jax.evaluation.features import Extractor
 from fairdiff_jax.synthesis.generate import Generated
 
 
@@ -42,10 +43,12 @@ def real(people):
 
 def measure(real, people, image, mask):
   train, test = people
-  found = real.measure(
+  found, near = real.measure(
     *(image, mask, test, train.attributes["race"], test.attributes["race"])
   )
   json.dumps(segmentation.json_ready(found))
+  for name, of in real.near(image, mask).items():
+    np.testing.assert_array_equal(of, near[name])
   return found["spaces"]
 
 
@@ -169,15 +172,32 @@ def test_a_report_shows_distances_of_features_and_masks(people):
     "group": np.array(names)[train.attributes["race"]],
   }
   real = np.array(names)[test.attributes["race"]]
-  found = trust.realism_of(test, real, synthetic, names, see, "the baseline")
+  sizes = []
+
+  def counted(image):
+    sizes.append(len(image))
+    return see(image)
+
+  extractor = Extractor("segmenter", "the baseline", counted)
+  found = trust.realism_of(test, real, synthetic, names, extractor)
   assert found.keys() == {*names, "all"}
   features = found["all"]["features"]
   assert features["extractor"] == "the baseline"
+  assert features["network"] == "segmenter"
   low, high = features["kid_interval"]
   assert low < 0 < high
   made = results.Results(title="t", models={}, reason="none", realism=found)
   body = sections.realism(made).body
-  for text in ("the baseline, pooled", "KID", "1-NNA", "COV, published"):
+  for text in (
+    "the baseline, pooled, and not Inception",
+    "KID",
+    "1-NNA",
+    "COV, published",
+  ):
     assert text in body
-  without = trust.realism_of(test, real, synthetic, names, None, "")
+  without = trust.realism_of(test, real, synthetic, names, None)
   assert "features" not in without["all"] and "clouds" in without["all"]
+  group = train.attributes["race"], test.attributes["race"]
+  made = {"as in the bank": generated(train)}
+  trust.privacy_of(made, train, test, group, extractor)
+  assert sizes == [60, 90, 90]  # test and training cases, and these in mirrors

@@ -473,6 +473,7 @@ def test_paths_and_licences_of_others_are_kept_apart(run):
   config.data.source = "/home/me/FairSeg"
   config.image.network = "stable_diffusion"
   config.image.weights = "/home/me/sd15"
+  config.evaluation.features_weights = "/home/me/inception.pth"
   config.segmenter.network = "samed"
   shared = handover._shareable(config.to_dict())
   assert shared["data"]["source"] == "FairSeg"

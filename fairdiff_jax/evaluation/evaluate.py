@@ -19,6 +19,7 @@ from fairdiff_jax.data.domain import Domain
 from fairdiff_jax.data.prepare import is_made_up
 from fairdiff_jax.data.storage import digest, load, num_cases
 from fairdiff_jax.evaluation import (
+  features,
   privacy,
   realism,
   report,
@@ -188,7 +189,9 @@ def evaluate(
     What `summary.json` holds; on hosts other than the first, {}.
 
   Raises:
-    ValueError: unknown definitions, or other data than the run was trained on.
+    FileNotFoundError: `evaluation.features_weights` names no file.
+    ValueError: that file holds another network; unknown definitions; or other
+      data than the run was trained on.
   """
   config, run, layout = trained.config, trained.setup, trained.layout
   evaluation = evaluation or config.evaluation
@@ -210,7 +213,10 @@ def evaluate(
   for g, name in enumerate(names):
     counts[name]["real"] = int((train_group == g).sum())
 
-  generates = {*makers(config)} <= tasks
+  generates = {*makers(config)} <= tasks and evaluation.synthetic_per_group > 0
+  extractor = None
+  if generates:  # what cannot be read is said before anything is computed
+    extractor = features.published(evaluation, run.mesh, data)
   predictors, used, reason, missing = _predictors(
     trained, evaluation.batch_size
   )
@@ -222,7 +228,7 @@ def evaluate(
     predictions = {k: predict(test.image) for k, predict in predictors.items()}
   cases = _shown(test, test_group, names, predictions)
   synthetic, agreements, realistic, private, pairs = None, None, None, {}, {}
-  if generates and evaluation.synthetic_per_group:
+  if generates:
     generated, group, missing = synthesize(
       trained,
       evaluation.synthetic_per_group,
@@ -234,12 +240,10 @@ def evaluate(
       "mask": generated.mask,
       "group": np.array(names)[group],
     }
-    extractor = next(
-      (n for n in (BASELINE, *predictors) if n in predictors), ""
-    )
-    see = predictors[extractor].features if extractor else None
+    segmenter = _segmenter(predictors)
+    extractor = extractor or segmenter
     realistic = trust.realism_of(
-      *(test, cases["group"], synthetic, names, see, extractor)
+      *(test, cases["group"], synthetic, names, extractor)
     )
     sources = {"as in the bank": generated}
     anew = config.bank.strength < 1 or config.bank.masks != "generated"
@@ -248,7 +252,7 @@ def evaluate(
         fresh = synthesize(trained, evaluation.synthetic_per_group, None)[0]
         sources["as exported"] = fresh
     private, pairs = trust.privacy_of(
-      *(sources, train, test, (train_group, test_group), see)
+      *(sources, train, test, (train_group, test_group), segmenter)
     )
     agreements = {
       name: agreement(
@@ -296,6 +300,7 @@ def evaluate(
       report.TEST_DIGEST: _digest(test),
       **_run_facts(trained, used),
       "bank in use at the end": bank,
+      "features of realism": extractor.words if extractor else "none",
       "absent structures": definitions.empty,
       "equity scaling": definitions.equity,
       "config sha256": configs.config_hash(config),
@@ -447,6 +452,18 @@ def _predictors(
     except (OSError, ValueError) as error:
       notices.append(f"The baseline is left out: {error}.")
   return found, used, "", notices
+
+
+def _segmenter(
+  predictors: Mapping[str, Predictor],
+) -> features.Extractor | None:
+  """The baseline's segmenter, or the run's own, as one that sees images."""
+  for name in (BASELINE, *predictors):
+    if name in predictors:
+      words = f"the segmenter of {name}"
+      see = predictors[name].features
+      return features.Extractor(features.SEGMENTER, words, see)
+  return None
 
 
 def _early(model: str, trained: Trained) -> list[str]:

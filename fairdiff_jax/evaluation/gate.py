@@ -103,12 +103,10 @@ class TrustGate:
     self, image: np.ndarray, mask: np.ndarray, group: np.ndarray
   ) -> dict[str, Any]:
     """{`privacy`: as `Privacy.measure`, `agreement`: by group, or None}."""
-    figures: dict[str, Any] = {
-      "privacy": self._privacy.measure(
-        image, mask, self._held_out, self._group[0], self._group[2]
-      ),
-      "agreement": None,
-    }
+    private, _ = self._privacy.measure(
+      image, mask, self._held_out, self._group[0], self._group[2]
+    )
+    figures: dict[str, Any] = {"privacy": private, "agreement": None}
     if self._predict:
       scores = agreement_of(self._predict, image, mask, self._domain)
       figures["agreement"] = {

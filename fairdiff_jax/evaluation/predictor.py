@@ -15,7 +15,7 @@ from fairdiff_jax.data.loader import normalize
 from fairdiff_jax.data.table import to_uint8
 from fairdiff_jax.objectives.task import Variables
 from fairdiff_jax.training.checkpoint import Inference
-from fairdiff_jax.training.mesh import BATCH, map_batch
+from fairdiff_jax.training.mesh import BATCH, in_batches, map_batch
 from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.trained import Trained
 
@@ -26,11 +26,11 @@ def label(
   batch_size: int,
 ) -> np.ndarray:
   """Classes uint8 [n, H, W] of prepared images uint8 [n, H, W(, 3)]."""
-  labels = np.empty(images.shape[:3], np.uint8)
-  for i in range(0, len(images), batch_size):
-    rows = slice(i, i + batch_size)
-    labels[rows] = scores(images[rows]).argmax(-1)
-  return labels
+  if not len(images):
+    return np.empty(images.shape[:3], np.uint8)
+  return in_batches(
+    lambda x: scores(x).argmax(-1).astype(np.uint8), images, batch_size
+  )
 
 
 class Fitted(NamedTuple):
@@ -122,14 +122,12 @@ class Predictor:
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """What the network sees in prepared images, pooled: float32 [n, F]."""
-    chunks = [
-      map_batch(
-        *(self._pooled, [normalize(images[i : i + self.batch_size])]),
-        *(self._mesh, self.batch_size),
-      )
-      for i in range(0, len(images), self.batch_size)
-    ]
-    return np.concatenate(chunks)
+    return in_batches(
+      lambda x: map_batch(
+        self._pooled, [normalize(x)], self._mesh, self.batch_size
+      ),
+      *(images, self.batch_size),
+    )
 
   def segment(
     self, images: Sequence[np.ndarray], *, probabilities: bool = False

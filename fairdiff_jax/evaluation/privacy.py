@@ -251,8 +251,8 @@ class Privacy:
     held_out: Cases,
     train_group: np.ndarray,
     held_out_group: np.ndarray,
-  ) -> dict[str, Any]:
-    """All figures of some synthetic cases.
+  ) -> tuple[dict[str, Any], dict[str, Near]]:
+    """All figures of some synthetic cases, and what is nearest to each.
 
     Args:
       image: uint8 [m, H, W], or RGB [m, H, W, 3].
@@ -266,15 +266,16 @@ class Privacy:
       where there are features, 'features' -> {`nearest`, `nearest_real`
       (medians), `threshold`, `closer` (share), `closer_interval`, `ratio`,
       `ratio_real` (medians), `ratio_below` (share below the real 1% quantile),
-      `attack`, `attack_interval`}}.
+      `attack`, `attack_interval`}}; and what `near` gives.
     """
     vectors = self.vectors(image, mask)
     others = self.vectors(held_out.image, held_out.mask)
     people = [np.array(c.patient or c.name) for c in (self.train, held_out)]
-    spaces = {}
+    spaces, found = {}, {}
     for name, made in vectors.items():
       space = self.spaces[name]
       near, real = space.nearest(made), space.real
+      found[name] = near
       n = len(self.train.name)
       # Synthetic cases and their twins stand for the views.
       twice, who = np.concatenate([made, made]), np.arange(len(made))
@@ -307,7 +308,7 @@ class Privacy:
       "members": len(np.unique(people[0])),
       "held_out": len(np.unique(people[1])),
       "spaces": spaces,
-    }
+    }, found
 
 
 def membership(

@@ -96,9 +96,10 @@ def _features(found: Mapping[str, Any]) -> Markup:
     ]
     for key, title in (("kid", "KID"), ("kid_real", "real against real"))
   ]
-  extractor = next(iter(of.values()))["extractor"]
+  first = next(iter(of.values()))
+  other = "" if first["network"] == "inception" else ", and not Inception's"
   text = (
-    f"Features are those of {extractor}, pooled, and not Inception's: figures"
+    f"Features are those of {first['extractor']}, pooled{other}: figures"
     " compare with those of the same extractor alone. KID is unbiased and takes"
     " all cases: an interval that holds 0 tells no difference. The others"
     " depend on how many cases there are, and are measured between halves of n"
@@ -200,12 +201,13 @@ def privacy(results: Results) -> Section | None:
     f"Against {first['members']} training patients, with {first['held_out']}"
     " held out. Images are aligned at their first structure, standardised,"
     " and compared with every training image and its mirror; features are those"
-    " of the segmenter above. Of independent cases 1% are closer than 1% of"
-    " real patients are to each other, and the attack has an AUC of 0.5; of"
-    " copies all are, and it has 1. A bank's cases may start from real ones,"
-    " and never leave the run; an export's start from noise, and pass a gate."
-    " Images that were turned or warped are far in these distances: figures of"
-    " a bank that warps real images say nothing of whose they are."
+    " of the baseline's segmenter, or of the run's where there is no baseline."
+    " Of independent cases 1% are closer than 1% of real patients are to each"
+    " other, and the attack has an AUC of 0.5; of copies all are, and it has 1."
+    " A bank's cases may start from real ones, and never leave the run; an"
+    " export's start from noise, and pass a gate. Images that were turned or"
+    " warped are far in these distances: figures of a bank that warps real"
+    " images say nothing of whose they are."
   )
   return Section("Privacy", body, note)
 

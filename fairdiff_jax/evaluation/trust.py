@@ -7,6 +7,7 @@ import numpy as np
 
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import matched, privacy, realism, results
+from fairdiff_jax.evaluation.features import Extractor
 from fairdiff_jax.synthesis.generate import Generated
 
 
@@ -15,8 +16,7 @@ def realism_of(
   group: np.ndarray,
   synthetic: Mapping[str, np.ndarray],
   names: Sequence[str],
-  see: Callable[[np.ndarray], np.ndarray] | None,
-  extractor: str,
+  extractor: Extractor | None,
 ) -> dict[str, dict[str, Any]]:
   """How synthetic cases look beside test cases, by every measure.
 
@@ -25,8 +25,7 @@ def realism_of(
     group: names of their groups.
     synthetic: `image`, `mask` and `group` names.
     names: of the groups.
-    see: images -> features; None to leave these out.
-    extractor: what sees them, in words.
+    extractor: what sees them; None to leave features out.
 
   Returns:
     Group, or 'all' -> what `realism.compare` and `matched.compare` give.
@@ -39,13 +38,14 @@ def realism_of(
     "features": None,
   }
   result = realism.compare(real, synthetic, test.domain.regions, names)
-  if see and len(test.name) and len(synthetic["group"]):
-    real["features"] = see(test.image)
-    synthetic = {**synthetic, "features": see(synthetic["image"])}
+  if extractor and len(test.name) and len(synthetic["group"]):
+    real["features"] = extractor(test.image, real=True)
+    synthetic = {**synthetic, "features": extractor(synthetic["image"])}
   found = matched.compare(real, synthetic, test.domain, names)
   for name, row in found.items():
-    if "features" in row:
-      row["features"] = {"extractor": extractor, **row["features"]}
+    if extractor and "features" in row:
+      told = {"network": extractor.network, "extractor": extractor.words}
+      row["features"] = told | row["features"]
     result[name] |= row
   return result
 
@@ -76,8 +76,9 @@ def privacy_of(
   against = privacy.Privacy(train, see)
   figures, pairs = {}, {}
   for source, cases in sources.items():
-    figures[source] = against.measure(cases.image, cases.mask, test, *group)
-    near = against.near(cases.image, cases.mask)
+    figures[source], near = against.measure(
+      cases.image, cases.mask, test, *group
+    )
     pairs[source] = [
       results.Pair(
         distance,

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from fairdiff_jax import array_files, files
 from fairdiff_jax.data.cases import Cases
@@ -28,7 +27,7 @@ from fairdiff_jax.objectives.latent_space import (
 )
 from fairdiff_jax.pretrained.stable_diffusion import sizes_of
 from fairdiff_jax.training.checkpoint import fingerprint
-from fairdiff_jax.training.mesh import map_batch
+from fairdiff_jax.training.mesh import in_batches, map_batch, replicate
 from fairdiff_jax.training.schedule import learning_steps
 
 FILE, DIGEST = "latent.npy", "latent.sha256"
@@ -95,27 +94,17 @@ def cached_latents(
 
 def _encode(autoencoder, params, image, mesh):
   whole = NamedSharding(mesh, PartitionSpec())
-  params = jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, whole, x.__getitem__),
-    params,
-  )
   encode = partial(
-    jax.jit(partial(encode_image, autoencoder), out_shardings=whole), params
+    jax.jit(partial(encode_image, autoencoder), out_shardings=whole),
+    replicate(params, mesh),
   )
   size = PER_DEVICE * mesh.size
-  starts = tqdm(
-    range(0, len(image), size),
-    desc="latents",
-    unit="batch",
-    disable=jax.process_index() != 0,
-  )
   # TPUs would multiply with 8 bits of mantissa.
   with jax.default_matmul_precision("high"):
-    chunks = [
-      map_batch(encode, [normalize(image[i : i + size])], mesh, size)
-      for i in starts
-    ]
-  return np.concatenate(chunks)
+    return in_batches(
+      lambda x: map_batch(encode, [normalize(x)], mesh, size),
+      *(image, size, "latents"),
+    )
 
 
 def _write(folder, latent):

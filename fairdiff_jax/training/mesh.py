@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -81,6 +82,14 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
     batch,
+  )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Numpy arrays, the same on every host, whole on every device."""
+  whole = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, whole, x.__getitem__), tree
   )
 
 
@@ -158,3 +167,26 @@ def map_batch(
   with jax.set_mesh(mesh):  # kernels ask for it
     result = function(*put_batch([pad(x) for x in arrays], mesh))
   return to_host(result)[:rows]
+
+
+def in_batches(
+  function: Callable[[np.ndarray], np.ndarray],
+  rows: np.ndarray,
+  size: int,
+  title: str = "",
+) -> np.ndarray:
+  """What a function says of all rows, of which it is given `size` at a time.
+
+  Args:
+    function: rows -> an array with as many.
+    rows: at least one.
+    size: most rows of a call.
+    title: of a progress bar on the first host; '' for none.
+  """
+  starts = tqdm(
+    range(0, len(rows), size),
+    desc=title,
+    unit="batch",
+    disable=not title or jax.process_index() != 0,
+  )
+  return np.concatenate([function(rows[i : i + size]) for i in starts])
