@@ -32,6 +32,7 @@ from fairdiff_jax.training.checkpoint import (
 )
 from fairdiff_jax.training.compiling import Compiler
 from fairdiff_jax.training.forecast import Forecast
+from fairdiff_jax.training.goodput import Stopwatch, timed
 from fairdiff_jax.training.journal import Journal
 from fairdiff_jax.training.latents import cached_latents, cached_shape
 from fairdiff_jax.training.mesh import all_hosts, to_host
@@ -66,6 +67,7 @@ class Session:
   Arguments and errors are those of `train`.
 
   Attributes:
+    clock: tells how long what took.
     start: the step it goes on from.
     state: before the next step.
     pools: what batches are made of.
@@ -82,7 +84,9 @@ class Session:
     | None,
     name: str,
     proceed: bool,
+    clock: Stopwatch,
   ):
+    self.clock = clock
     self._config, self._workdir = config, workdir
     self._layout = Layout(workdir)
     self._first_host = jax.process_index() == 0
@@ -134,6 +138,7 @@ class Session:
       enabled=self._first_host,
       name=name,
       validated=dict(self._history),
+      clock=clock,
     )
     if self.start:
       self._journal.say(f"resuming from the checkpoint of step {self.start}")
@@ -207,11 +212,13 @@ class Session:
       return False
     return not self._layout.bank(step).exists()
 
+  @timed("step")  # hosts that meet wait for the step under way
   def stop_if_asked(self):
     """Raises Asked if the run was asked to stop before a step."""
     if self._stop.at_step():
       raise Asked
 
+  @timed("compile")
   def compiled(self, key: tuple[str, ...] | str) -> Callable[..., Any]:
     """The step of a phase, or the refill; waits until it is compiled."""
     if key not in self._compiled:
@@ -234,12 +241,14 @@ class Session:
         self._journal.say(f"compiled {what} in {seconds:.0f} s")
     return self._compiled[key]
 
+  @timed("step")
   def _settle(self):
     """Waits for the step under way and checks it."""
     if self._pending is not None:
       _check_finite(self._workdir, self.pools, *self._pending)
       self._pending = None
 
+  @timed("save")
   def save(self):
     """Saves a checkpoint in the background, unless it is there."""
     self._settle()
@@ -271,6 +280,7 @@ class Session:
     self._saved = step
     self._forecast.did(SAVE, time.monotonic() - began)
 
+  @timed("evaluation")
   def validate(self, step: int):
     """Validates the averages before a step, if that is due.
 
@@ -297,6 +307,7 @@ class Session:
     patience = self._config.evaluation.patience
     return bool(patience) and in_vain(self._history) >= patience
 
+  @timed("refill")
   def mix(self, step: int):
     """Mixes the segmenter's cases of a step, with those of a bank if any."""
     self._settle()
@@ -356,7 +367,8 @@ class Session:
     self._settle()
     step, total = int(self.state.step), self._config.train.steps
     self.save()
-    self._checkpoints.wait()
+    with self.clock("save"):
+      self._checkpoints.wait()
     found = best(self._history)
     if found:
       self._journal.say(
@@ -380,7 +392,8 @@ class Session:
     step, reason = int(self.state.step), self._stop.reason
     if step:
       self.save()
-    self._checkpoints.wait()
+    with self.clock("save"):
+      self._checkpoints.wait()
     self._journal.say(
       f"{reason}: stopped after step {step}, saved; the same command resumes"
       if step
