@@ -60,6 +60,11 @@ class Layout:
     return self.workdir / "goodput.jsonl"
 
   @property
+  def profile(self) -> Path:
+    """A trace of the steps of `log.profile`."""
+    return self.workdir / "profile"
+
+  @property
   def wandb(self) -> Path:
     """What Weights & Biases calls the run, where it is sent there."""
     return self.workdir / "wandb_id"

@@ -4,6 +4,7 @@ Networks are a counter, and synthetic cases blank: what is looked at is which
 steps are asked for what, and what a run that was stopped goes on with.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -276,6 +277,23 @@ def reference(tmp_path_factory, world):
   world.steps.clear()
   world.generated.clear()
   return workdir
+
+
+def test_a_profile_of_the_steps_that_are_asked_for(tmp_path, world):
+  """Of those that a start does; the next goes on with a trace of its own."""
+  world.at["step", 3] = asks(signal.SIGTERM)
+  traced = []
+  for workdir in (tmp_path / "first", tmp_path / "second"):
+    run(workdir, **{"log.profile": (2, 5)})
+    (path,) = workdir.glob("profile/plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
+    traced.append(sorted(map(int, steps)))
+    world.at.clear()
+    if len(traced) == 1:
+      kept = shutil.ignore_patterns("profile")
+      shutil.copytree(workdir, tmp_path / "second", ignore=kept)
+  assert traced == [[2, 3], [4]]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.profiler import StepTraceAnnotation
+
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import Prefetcher
 from fairdiff_jax.training.banks import Synthetic
@@ -83,12 +85,13 @@ def train(
         session.mix(step)
       active = active_networks(config, step)
       advance = session.compiled(active)
+      session.profile(step)
       began = time.monotonic()
       following = step + 1
       known = following < total and pools.ready(following)
       with clock("data"):
         batch = prefetch(step, following=following if known else None)
-      with clock("step"):
+      with clock("step"), StepTraceAnnotation("train", step_num=step):
         session.advance(step, *advance(session.state, batch))
       # What was waited for is the step before, of this phase or another.
       alike = step > start and active == active_networks(config, step - 1)

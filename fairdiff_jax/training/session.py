@@ -37,6 +37,7 @@ from fairdiff_jax.training.journal import Journal
 from fairdiff_jax.training.latents import cached_latents, cached_shape
 from fairdiff_jax.training.mesh import all_hosts, to_host
 from fairdiff_jax.training.pools import Pools
+from fairdiff_jax.training.profile import Profile
 from fairdiff_jax.training.schedule import REFILL, SAVE, VALIDATE
 from fairdiff_jax.training.setup import (
   Setup,
@@ -144,6 +145,7 @@ class Session:
       self._journal.say(f"resuming from the checkpoint of step {self.start}")
     if self.start < total:
       self._journal.say(schedule.plan(config, pools.filled))
+    self._profile = Profile(self._layout.profile, config.log.profile)
     self._refills = schedule.refills(config, self.start) if pools.filled else []
     if pools.filled and changes and self._lacks_bank():
       self._refills.insert(0, self.start)
@@ -340,6 +342,10 @@ class Session:
     self._forecast.did(REFILL, time.monotonic() - began)
     return synthetic
 
+  def profile(self, step: int):
+    """Starts or stops the trace before a step, if that is due."""
+    self._profile.at(step, self._settle)
+
   def advance(self, step: int, state: TrainState, metrics: dict[str, Any]):
     """Takes what a step gave, and waits for the step before."""
     cluster.at(step)
@@ -365,6 +371,7 @@ class Session:
   def complete(self) -> TrainState:
     """Saves the final state and says that the run is complete."""
     self._settle()
+    self._profile.close()
     step, total = int(self.state.step), self._config.train.steps
     self.save()
     with self.clock("save"):
@@ -402,6 +409,7 @@ class Session:
     self._status = 0
 
   def close(self):
+    self._profile.close()
     self._compiler.close(self._status)
     try:
       self._checkpoints.close()
