@@ -57,7 +57,9 @@ def main(_):
     for topology in ahead_of_time.SWEEP:
       rows.append(_analyse(config, topology))
       rows = ahead_of_time.scaling(rows)
-      print(_row(rows[-1]) if rows[1:] else f"{HEAD}\n{_row(rows[0])}")
+      if not rows[1:]:
+        print(HEAD)
+      print(_row(rows[-1]), flush=True)
     found = {"cases_per_chip": CASES.value, "sweep": rows}
   else:
     found = _analyse(config, TOPOLOGY.value)
@@ -89,12 +91,12 @@ def _row(row):
     f"{kind} {figures['bytes'] / 1e6:.2f} in {figures['count']}"
     for kind, figures in row["collectives"].items()
   )
-  estimate = f"{1e3 * row['seconds']:.2f}" if row["seconds"] else ""
+  estimate = f"{1e3 * row['seconds']:.3g}" if row["seconds"] else ""
   cells = (
-    *(row["topology"], row["devices"], f"{row['memory'] / 1e9:.2f}"),
-    *(f"{row['flops'] / 1e9:.1f}", talk or "none"),
-    *(f"{1e3 * row['compute_seconds']:.2f}", estimate),
-    *(f"{1e3 * row['collective_seconds']:.3f}", f"{row['growth']:+.1%}"),
+    *(row["topology"], row["devices"], f"{row['memory'] / 1e9:.3f}"),
+    *(f"{row['flops'] / 1e9:.2f}", talk or "none"),
+    *(f"{1e3 * row['compute_seconds']:.2g}", estimate),
+    *(f"{1e3 * row['collective_seconds']:.2g}", f"{row['growth']:+.2%}"),
   )
   return f"| {' | '.join(map(str, cells))} |"
 
