@@ -41,6 +41,7 @@ def baseline_config(config: ConfigDict) -> ConfigDict:
     baseline.fairness.method = "erm"
     baseline.fairness.strategy = "repeat_sample"
     baseline.baseline = False
+    baseline.log.profile = (0, 0)
   return baseline
 
 

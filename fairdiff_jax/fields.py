@@ -138,6 +138,20 @@ def _span(doc: str):
   )
 
 
+def _steps(doc: str):
+  def holds(x):
+    pair = _is_several(x) and len(x) == 2 and all(map(_is_whole, x))
+    return pair and 0 <= x[0] <= x[1]
+
+  return Field(
+    (0, 0),
+    "(from, to): whole steps, such as (100, 105); 'to' not before 'from';"
+    " (0, 0) for none",
+    holds,
+    doc,
+  )
+
+
 def _rules(default, doc):
   def holds(x):
     try:
@@ -382,7 +396,10 @@ FIELDS: dict[str, Any] = dict(
     every=_whole(500, "steps between checkpoints; 0 = one at the end", 0),
     keep=_whole(2, "newest checkpoints kept"),
   ),
-  log=dict(every=_whole(20, "steps between log lines; 0 = one at the end", 0)),
+  log=dict(
+    every=_whole(20, "steps between log lines; 0 = one at the end", 0),
+    profile=_steps("steps that are traced, in the run's directory profile/"),
+  ),
   baseline=_flag(True, "also train the segmenter alone, on real data (ERM)"),
   evaluation=dict(
     every=_whole(

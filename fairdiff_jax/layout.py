@@ -55,6 +55,16 @@ class Layout:
     return self.workdir / "metrics.jsonl"
 
   @property
+  def goodput(self) -> Path:
+    """Where the time of every start went, as JSON lines."""
+    return self.workdir / "goodput.jsonl"
+
+  @property
+  def profile(self) -> Path:
+    """A trace of the steps of `log.profile`."""
+    return self.workdir / "profile"
+
+  @property
   def wandb(self) -> Path:
     """What Weights & Biases calls the run, where it is sent there."""
     return self.workdir / "wandb_id"

@@ -4,6 +4,10 @@
   fairdiff compile --config fairseg:sd15 \
     --topology v5p:2x2x2 --cases_per_chip 4 --config.parallel.fsdp=8
 
+Or many pods in one table, with the time that their links need:
+
+  fairdiff compile --config fairseg:transunet --sweep
+
 Nothing is computed and no weights are made or read, but the compiler itself
 takes much memory and time at full size. Its estimate knows what its own
 operations need; the time spent in kernels is left out.
@@ -32,6 +36,11 @@ CASES = flags.DEFINE_integer(
 JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
 
 
+SWEEP = flags.DEFINE_bool(
+  "sweep", False, "Pods of v5e, v5p and v6e from 8 to 1,024 chips in a table."
+)
+
+
 def main(_):
   config = cli.config()
   if JSON.value and os.path.exists(JSON.value):
@@ -43,15 +52,59 @@ def main(_):
   jax.config.update("jax_platforms", "cpu")  # where the keys are
   for name, value in NO_TPU.items():
     os.environ.setdefault(name, value)
-  devices = ahead_of_time.tpu_devices(TOPOLOGY.value)
+  if SWEEP.value:
+    rows = []
+    for topology in ahead_of_time.SWEEP:
+      rows.append(_analyse(config, topology))
+      rows = ahead_of_time.scaling(rows)
+      if not rows[1:]:
+        print(HEAD)
+      print(_row(rows[-1]), flush=True)
+    found = {"cases_per_chip": CASES.value, "sweep": rows}
+  else:
+    found = _analyse(config, TOPOLOGY.value)
+    _say(found)
+  if JSON.value:
+    with open(JSON.value, "x") as file:
+      json.dump(found, file, indent=2)
+
+
+def _analyse(config, topology):
+  from fairdiff_jax.training import ahead_of_time
+
+  devices = ahead_of_time.tpu_devices(topology)
   with config.unlocked():
     batch = CASES.value * len(devices)
     config.train.generation_batch = config.train.segmentation_batch = batch
-  peak = ahead_of_time.PEAK[TOPOLOGY.value.split(":")[0]]
+  peak = ahead_of_time.PEAK[topology.split(":")[0]]
   found = ahead_of_time.analyse(config, devices, peak)
+  return {"topology": topology, **found}
+
+
+HEAD = """\
+| pod | chips | memory, GB | GFLOP | collectives, MB | at peak, ms | estimate, ms | links, ms | growth |
+|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
+
+
+def _row(row):
+  talk = ", ".join(
+    f"{kind} {figures['bytes'] / 1e6:.2f} in {figures['count']}"
+    for kind, figures in row["collectives"].items()
+  )
+  estimate = f"{1e3 * row['seconds']:.3g}" if row["seconds"] else ""
+  cells = (
+    *(row["topology"], row["devices"], f"{row['memory'] / 1e9:.3f}"),
+    *(f"{row['flops'] / 1e9:.2f}", talk or "none"),
+    *(f"{1e3 * row['compute_seconds']:.2g}", estimate),
+    *(f"{1e3 * row['collective_seconds']:.2g}", f"{row['growth']:+.2%}"),
+  )
+  return f"| {' | '.join(map(str, cells))} |"
+
+
+def _say(found):
   print(
-    f"{TOPOLOGY.value}, {found['devices']} chips, {CASES.value} cases a chip,"
-    f" {' + '.join(found['networks'])}; per chip:"
+    f"{found['topology']}, {found['devices']} chips, {CASES.value} cases a"
+    f" chip, {' + '.join(found['networks'])}; per chip:"
   )
   for name in ("memory", "arguments", "temporaries", "bytes"):
     print(f"  {name:<14}{found[name] / 1e9:10.2f} GB")
@@ -68,9 +121,6 @@ def main(_):
     print(
       f"  {name:<14}{figures['bytes'] / 1e9:10.2f} GB in {figures['count']}"
     )
-  if JSON.value:
-    with open(JSON.value, "x") as file:
-      json.dump({"topology": TOPOLOGY.value, **found}, file, indent=2)
 
 
 def start():

@@ -3,12 +3,15 @@
 import io
 import json
 import sys
+import time
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fairdiff_jax.training import goodput
+from fairdiff_jax.training.goodput import Stopwatch
 from fairdiff_jax.training.journal import Journal, sending
 
 
@@ -52,11 +55,59 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_throughput(tmp_path):
-  journal = Journal(tmp_path, start=0, stop=2)
-  journal.log(2, {}, cases=10)
+  """That of steps and their batches, whatever else takes time."""
+  clock = Stopwatch()
+  journal = Journal(tmp_path, start=0, stop=4, clock=clock)
+  for done in (2, 4):
+    with clock("step"):
+      time.sleep(0.02)
+    with clock("refill"), clock("data"):
+      time.sleep(0.02)
+    with clock("compile"):
+      time.sleep(0.2)
+    journal.log(done, {}, cases=10)
   journal.close()
-  (line,) = lines(tmp_path)
-  assert line["seconds_per_step"] >= 0 and line["cases_per_second"] > 0
+  for line in lines(tmp_path):
+    assert 0.02 <= line["seconds_per_step"] < 0.1
+    assert 100 < line["cases_per_second"] <= 500
+
+
+def test_every_start_leaves_what_it_took(tmp_path):
+  path = tmp_path / "goodput.jsonl"
+  for start in (0, 1):
+    clock = Stopwatch()
+    journal = Journal(tmp_path, start=start, stop=2, clock=clock)
+    with clock("save"), clock("step"):
+      time.sleep(0.01)
+    journal.step()
+    journal.close()
+  Journal(tmp_path, start=2, stop=2).close()  # which had nothing to do
+  first, second = map(json.loads, path.read_text().splitlines())
+  assert (first["start"], first["stop"]) == (0, 1)
+  assert (second["start"], second["stop"]) == (1, 2)
+  assert first["seconds"]["step"] >= 0.01 > first["seconds"]["save"]
+  found = goodput.read(path)
+  both = first["seconds"]["step"] + second["seconds"]["step"]
+  assert found["step"] == pytest.approx(both)
+  assert list(found) == ["step", "save", "other"]
+  path.write_text('{"seconds": {"step": null, "x": 1}}\n{"seconds": 3}\n')
+  assert goodput.read(path) == {}
+  path.write_bytes(b"\0\0")
+  assert goodput.read(path) is None
+  assert goodput.read(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"),
+  [
+    ({}, "of 0 s: "),
+    ({"step": 570, "compile": 130, "save": 1}, "of 12 min: steps 81%, "),
+    ({"init": 30, "step": 60.4}, "of 90 s: steps 67%, starting 33%"),
+    ({"data": 7200, "step": 3600}, "of 3.0 h: waiting for batches 67%, "),
+  ],
+)
+def test_times_in_words(seconds, text):
+  assert goodput.told(seconds).startswith(text)
 
 
 def test_events_are_written(tmp_path):

@@ -4,9 +4,11 @@ Networks are a counter, and synthetic cases blank: what is looked at is which
 steps are asked for what, and what a run that was stopped goes on with.
 """
 
+import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +32,13 @@ from fairdiff_jax.fairness.risk import RunningRisk
 from fairdiff_jax.objectives.joint import FairnessState
 from fairdiff_jax.synthesis import bank
 from fairdiff_jax.synthesis.generate import Generated
-from fairdiff_jax.training import checkpoint, loop, session, termination
+from fairdiff_jax.training import (
+  checkpoint,
+  goodput,
+  loop,
+  session,
+  termination,
+)
 from fairdiff_jax.training.checkpoint import Checkpoints
 from fairdiff_jax.training.schedule import active_networks
 from fairdiff_jax.training.setup import Setup
@@ -271,6 +279,23 @@ def reference(tmp_path_factory, world):
   return workdir
 
 
+def test_a_profile_of_the_steps_that_are_asked_for(tmp_path, world):
+  """Of those that a start does; the next goes on with a trace of its own."""
+  world.at["step", 3] = asks(signal.SIGTERM)
+  traced = []
+  for workdir in (tmp_path / "first", tmp_path / "second"):
+    run(workdir, **{"log.profile": (2, 5)})
+    (path,) = workdir.glob("profile/plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
+    traced.append(sorted(map(int, steps)))
+    world.at.clear()
+    if len(traced) == 1:
+      kept = shutil.ignore_patterns("profile")
+      shutil.copytree(workdir, tmp_path / "second", ignore=kept)
+  assert traced == [[2, 3], [4]]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_saves_and_the_same_command_resumes(
   tmp_path, world, reference, name, capsys, request
@@ -289,6 +314,32 @@ def test_a_signal_saves_and_the_same_command_resumes(
   assert run(tmp_path, **{"checkpoint.every": 3}) is not None
   assert_same(tmp_path, reference)
   assert [s for s, _ in world.steps] == list(range(TOTAL))
+
+
+def test_it_is_told_where_the_time_went(tmp_path, world, capsys):
+  """And what is no step does not slow the steps down that are logged."""
+  for moment in (
+    ("compile", ("points", "image")),
+    ("step", 1),
+    ("batch", 0),
+  ):
+    world.at[moment] = partial(time.sleep, 0.3)
+  world.at["step", 3] = asks(signal.SIGTERM)
+  began = time.monotonic()
+  assert run(tmp_path) is None
+  whole = time.monotonic() - began
+  assert run(tmp_path) is not None
+  first, second = files.read_json_lines(tmp_path / "goodput.jsonl")
+  assert [first["start"], first["stop"]] == [0, 4]
+  assert [second["start"], second["stop"]] == [4, 6]
+  assert first["seconds"].keys() == goodput.KINDS.keys()
+  for kind in ("compile", "step", "refill"):
+    assert first["seconds"][kind] >= 0.29, kind
+  assert 0.9 < sum(first["seconds"].values()) < whole + 0.01
+  lines = files.read_json_lines(tmp_path / "metrics.jsonl")
+  seconds = {line["step"]: line.get("seconds_per_step") for line in lines[:-1]}
+  assert seconds.pop(2) >= 0.29 > max(seconds.values())
+  assert len(re.findall(r"of \d s: .*steps \d+%", capsys.readouterr().err)) == 2
 
 
 @pytest.mark.parametrize("stopped", [1, 5])  # in the first refill, the second

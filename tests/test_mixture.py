@@ -122,13 +122,13 @@ def make_pool(n=10, size=8, epoch=None):
   )
 
 
-def batch(pool, step=0, rows=slice(0, 8), seed=3, recipe="strong"):
+def batch(pool, step=0, rows=slice(0, 8), size=8, seed=3, recipe="strong"):
   return loader.make_batch(
     pool,
     seed=seed,
     stream=1,
     step=step,
-    size=8,
+    size=size,
     rows=rows,
     recipe=recipe,
   )
@@ -161,15 +161,16 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not np.array_equal(first["image"], other["image"])
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("processes", range(1, 9))
 def test_any_number_of_processes_draws_the_same_cases(monkeypatch, processes):
-  pool = make_pool()
-  whole = batch(pool, step=2)
+  pool, size = make_pool(), 4 * processes
+  whole = batch(pool, step=2, rows=slice(0, size), size=size)
   monkeypatch.setattr(jax, "process_count", lambda: processes)
+  monkeypatch.setattr(jax, "device_count", lambda: 2 * processes)
   parts = []
   for i in range(processes):
     monkeypatch.setattr(jax, "process_index", lambda i=i: i)
-    parts.append(batch(pool, step=2, rows=host_slice(8)))
+    parts.append(batch(pool, step=2, rows=host_slice(size), size=size))
   for key, value in whole.items():
     joined = np.concatenate([part[key] for part in parts])
     np.testing.assert_array_equal(joined, value)

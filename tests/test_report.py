@@ -94,7 +94,7 @@ def written(case, log, tmp_path_factory):
     baseline_start=100,
     phases=[(0, 100, ("points",)), (100, 300, ("segmenter", EVIL))],
     facts={EVIL: EVIL, "seed": np.int64(3)},
-    provenance={"date": EVIL},
+    provenance={"date": EVIL, "training_goodput": {"step": 9, "save": 3}},
   )
   return directory, result
 
@@ -311,6 +311,7 @@ def test_page_escapes_and_shows_figures(written):
   assert "White\N{NO-BREAK SPACE}†" not in shown
   assert "unknown 1" in shown
   assert "0 to 100: points; 100 to 300: segmenter" in shown
+  assert "of 12 s: steps 75%, saving 25%" in page.text
   assert "segmenter, baseline" in shown and "Asian, baseline" in shown
 
 

@@ -138,6 +138,12 @@ def test_what_a_run_tells(tmp_path):
   found = results.about_run(smoke(data__source="cases.csv"), Layout(tmp_path))
   assert not found["made_up"]
   assert found["baseline"].startswith("the same segmenter, trained on real")
+  assert found["provenance"]["training_goodput"] is None
+  line = '{"start": 0, "stop": 8, "seconds": {"step": 2.5}}\n'
+  (tmp_path / "goodput.jsonl").write_text(2 * line)
+  found = results.about_run(config, Layout(tmp_path))["provenance"]
+  assert found["training_goodput"] == {"step": 5.0}
+  assert found["baseline_goodput"] is None
   (tmp_path / "baseline" / "config.json").write_text("{")
   assert not results.about_run(config, Layout(tmp_path))["baseline"]
 

@@ -27,6 +27,7 @@ from fairdiff_jax.evaluation.page import PALETTE
 from fairdiff_jax.evaluation.verdict import Verdict, conclude
 from fairdiff_jax.fairness.metrics import DEFAULT, Definitions
 from fairdiff_jax.layout import Layout
+from fairdiff_jax.training import goodput
 from fairdiff_jax.training.banks import CASES
 
 SCHEMA = 1  # of summary.json: raised when a key changes its meaning or goes
@@ -389,7 +390,11 @@ def about_run(config: ConfigDict, layout: Layout) -> dict[str, Any]:
     "baseline_log": baseline.log,
     "baseline_start": configs.span(config, "segmenter")[0],
     "phases": phases(config),
-    "provenance": provenance(),
+    "provenance": {
+      **provenance(),
+      "training_goodput": goodput.read(layout.goodput),
+      "baseline_goodput": goodput.read(baseline.goodput),
+    },
   }
 
 

@@ -28,6 +28,7 @@ from fairdiff_jax.evaluation.synthetic_sections import (
   realism,
 )
 from fairdiff_jax.fairness.uncertainty import MIN_CASES
+from fairdiff_jax.training import goodput
 
 WORST, WORST_IN_ALL = 4, 24  # cases shown, of a group and at most
 BROWSED = 150  # thumbnails in all
@@ -50,7 +51,9 @@ PROVENANCE = {
   "devices": "devices of the evaluation",
   "command": "command",
   "training_seconds": "training, s",
+  "training_goodput": "all starts of the training",
   "baseline_seconds": "training of the baseline, s",
+  "baseline_goodput": "all starts of the baseline's",
 }
 
 
@@ -394,13 +397,16 @@ def provenance(results: Results) -> Section | None:
   """When, by what, on what and how long."""
   found = results.to_json()["provenance"]
   items = [
-    (label, found[key])
+    (label, goodput.told(value) if key.endswith("_goodput") else value)
     for key, label in PROVENANCE.items()
-    if found.get(key) is not None
+    if (value := found.get(key)) is not None
   ]
   if not items:
     return None
-  note = "Times of training are those of its steps, without interruptions."
+  note = (
+    "Times of training are those of its steps, without interruptions; what its"
+    " starts took leaves out those that were killed."
+  )
   return Section("Provenance", PARTS.definitions(items), note)
 
 

@@ -6,7 +6,8 @@ Compiling for a TPU topology needs the package libtpu, not a TPU.
 import math
 import re
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.experimental import topologies
@@ -17,6 +18,15 @@ from fairdiff_jax.training.step import lower_step
 
 # bf16 operations a second and chip, as the vendor states them.
 PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+# Bytes a second that a chip sends to others of its pod, all links together:
+# the vendor's 1600, 4800 and 3200 Gbps (cloud.google.com/tpu/docs, v5e, v5p,
+# v6e). 256 chips are a whole pod of v5e and v6e.
+LINKS = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9}
+SWEEP = (
+  *("v5e:2x4", "v5e:8x8", "v5e:16x16"),
+  *("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x16"),
+  *("v6e:2x4", "v6e:8x8", "v6e:16x16"),
+)
 COLLECTIVES = (
   "all-reduce",
   "all-gather",
@@ -45,16 +55,29 @@ def tpu_devices(topology: str) -> list[Any]:
   return list(description.devices)
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
-  """Collective operations of a compiled program: 'count' and 'bytes' of each.
+class Collective(NamedTuple):
+  """A collective operation of a compiled program.
+
+  Attributes:
+    kind: one of `COLLECTIVES`.
+    size: bytes of its results, on one chip.
+    group: chips that it goes over.
+  """
+
+  kind: str
+  size: int
+  group: int
+
+
+def operations(text: str, devices: int) -> list[Collective]:
+  """The collective operations of a compiled program.
 
   Args:
-    text: the program's HLO. Bytes are those of the results, on one chip, each
-      counted once however often it runs in a loop; an operation that several
-      computations share by its channel is one.
+    text: the program's HLO. An operation in a loop is one, and so is one that
+      several computations share by its channel.
+    devices: that the program is for.
   """
-  found = defaultdict(lambda: {"count": 0, "bytes": 0})
-  channels = set()
+  found, channels = [], set()
   pattern = rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\("
   for line in text.splitlines():
     match = re.search(pattern, line)
@@ -69,12 +92,59 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     if match[3]:  # operands come first, results next, tokens last
       shapes = [shape for shape in shapes if shape != ("u", "32", "")]
       shapes = shapes[len(shapes) // 2 :]
-    found[match[2]]["count"] += 1
-    found[match[2]]["bytes"] += sum(
+    size = sum(
       int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
       for _, bits, dims in shapes
     )
+    found.append(Collective(match[2], size, _group(line, devices)))
+  return found
+
+
+def _group(line: str, devices: int) -> int:
+  """Devices that an operation goes over: the size of its replica groups."""
+  short = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
+  if short:
+    return int(short[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  return len(listed[1].split(",")) if listed else devices
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+  """'count' and 'bytes' of each kind of collective of a compiled program.
+
+  Args:
+    text: the program's HLO; see `operations`.
+  """
+  found = defaultdict(lambda: {"count": 0, "bytes": 0})
+  for operation in operations(text, 1):
+    found[operation.kind]["count"] += 1
+    found[operation.kind]["bytes"] += operation.size
   return dict(found)
+
+
+def wire_bytes(text: str, devices: int) -> float:
+  """Bytes that each chip sends for the collectives of a compiled program.
+
+  By rings, over n chips, of results of B bytes on each: an all-reduce sends
+  2 B (n - 1) / n, an all-gather and an all-to-all B (n - 1) / n, a
+  reduce-scatter B (n - 1), a permutation B (Patarasuk & Yuan 2009,
+  doi:10.1016/j.jpdc.2008.09.002).
+
+  Args:
+    text: the program's HLO; see `operations`.
+    devices: that the program is for.
+  """
+  total = 0.0
+  for kind, size, n in operations(text, devices):
+    share = (n - 1) / n
+    total += size * {
+      "all-reduce": 2 * share,
+      "all-gather": share,
+      "all-to-all": share,
+      "reduce-scatter": n - 1,
+      "collective-permute": 1,
+    }.get(kind, 0)
+  return total
 
 
 def estimate(cost: dict[str, float], text: str, peak: float) -> float | None:
@@ -112,9 +182,10 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
   Returns:
     Per chip: 'arguments', 'temporaries' and 'memory' (both, and what of the
     results is not donated) in bytes, 'flops', 'bytes' moved, 'collectives',
-    'kernels', calls of hand-written ones, and, where the compiler estimates it,
-    'seconds' and 'utilisation'. The compiler knows nothing of kernels: 'flops',
-    'bytes' and 'seconds' leave out what happens in them.
+    'wire_bytes' that these send, 'kernels', calls of hand-written ones, and,
+    where the compiler estimates it, 'seconds' and 'utilisation'. The compiler
+    knows nothing of kernels: 'flops', 'bytes' and 'seconds' leave out what
+    happens in them.
   """
   run = setup(config, devices)
   active = [p.active for p in phases(config) if p.active][-1]
@@ -138,9 +209,43 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
     "flops": cost.get("flops"),
     "bytes": cost.get("bytes accessed"),
     "collectives": collectives(text),
+    "wire_bytes": wire_bytes(text, len(devices)),
     "kernels": text.count('custom_call_target="tpu_custom_call"'),
     "seconds": estimate(cost, text, peak),
   }
   if result["seconds"]:
     result["utilisation"] = result["flops"] / result["seconds"] / peak
+  return result
+
+
+def scaling(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """What a step takes on more and more chips, with as many cases on each.
+
+  Args:
+    rows: what `analyse` gives, with the 'topology' of each.
+
+  Returns:
+    The rows, with 'compute_seconds' (operations at the chip's peak),
+    'collective_seconds' (`wire_bytes` at the speed of its links, which leaves
+    out how long a message is under way), 'step_seconds' and 'growth'. A step is
+    the compiler's estimate, or else the operations at peak, and the collectives
+    after that: none are hidden behind computing. Growth is that over the
+    generation's first row, less 1.
+  """
+  first, result = {}, []
+  for row in rows:
+    generation = row["topology"].partition(":")[0]
+    compute = row["flops"] / PEAK[generation]
+    talk = row["wire_bytes"] / LINKS[generation]
+    step = (row["seconds"] or compute) + talk
+    first.setdefault(generation, step)
+    result.append(
+      {
+        **row,
+        "compute_seconds": compute,
+        "collective_seconds": talk,
+        "step_seconds": step,
+        "growth": step / first[generation] - 1,
+      }
+    )
   return result

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import sys
-import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ from tqdm import tqdm
 
 from fairdiff_jax import files
 from fairdiff_jax.layout import Layout
+from fairdiff_jax.training import goodput
 from fairdiff_jax.training.banks import SHEET
+from fairdiff_jax.training.goodput import Stopwatch
 from fairdiff_jax.training.validation import SCORE
 
 # tqdm's own guess of the time left takes all steps to be alike.
@@ -119,7 +120,12 @@ class Journal:
 
   A resumed run cuts `metrics.jsonl` back to the step it resumes from, and to
   the validations that it remembers, so that the file reads like that of a run
-  that was never interrupted.
+  that was never interrupted. `goodput.jsonl` keeps a line for every start that
+  had steps to do and was not killed: the steps (from, to), and the seconds that
+  went by until it ended, by kind (see `goodput`).
+
+  Attributes:
+    clock: by which time is told; the run times by it what it does.
   """
 
   def __init__(
@@ -131,11 +137,14 @@ class Journal:
     enabled: bool = True,
     name: str = "train",
     validated: Collection[int] = (),
+    clock: Stopwatch | None = None,
   ):
+    self.clock = clock or Stopwatch()
+    self._start, self._stop, self._done = start, stop, start
     self._enabled = enabled
     if not enabled:
       return
-    layout = Layout(workdir)
+    self._layout = layout = Layout(workdir)
     path = layout.log
     records = files.read_json_lines(path) if path.exists() else []
     kept = [
@@ -160,7 +169,7 @@ class Journal:
       bar_format=BAR,
     )
     self._shown: dict[str, str] = {}  # what stands behind the bar, by topic
-    self._last_step, self._last_time = start, time.monotonic()
+    self._last_step, self._last_time = start, self.clock.of_steps()
 
   def step(self, left: str = ""):
     """Moves the progress bar on by one step.
@@ -168,6 +177,7 @@ class Journal:
     Args:
       left: the time that the run will still take.
     """
+    self._done += 1
     if self._enabled:
       self._show(left=left)
       self._bar.update()
@@ -199,7 +209,9 @@ class Journal:
   def log(self, step: int, metrics: dict[str, Any], cases: int = 0):
     """Writes metrics; `cases` per step gives the throughput.
 
-    Numbers that are not finite are written as null.
+    That counts the time of steps and their batches alone: neither compiling nor
+    banks, checkpoints and validations. Numbers that are not finite are written
+    as null.
     """
     if not self._enabled:
       return
@@ -209,8 +221,9 @@ class Journal:
         value = None
       record[key] = value
     if cases:
-      now = time.monotonic()
+      now = self.clock.of_steps()
       seconds = (now - self._last_time) / max(step - self._last_step, 1)
+      seconds = max(seconds, 1e-6)
       self._last_step, self._last_time = step, now
       record["seconds_per_step"] = round(seconds, 4)
       record["cases_per_second"] = round(cases / seconds, 2)
@@ -226,7 +239,14 @@ class Journal:
 
   def close(self):
     if self._enabled:
+      if self._start < self._stop:
+        self._tell_time()
       self._bar.close()
       self._file.close()
       for sink in self._sinks:
         sink.close()
+
+  def _tell_time(self):
+    seconds = self.clock.seconds()
+    goodput.add(self._layout.goodput, self._start, self._done, seconds)
+    self.say(goodput.told(seconds))

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.profiler import StepTraceAnnotation
+
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.data.loader import Prefetcher
 from fairdiff_jax.training.banks import Synthetic
+from fairdiff_jax.training.goodput import Stopwatch
 from fairdiff_jax.training.schedule import active_networks, due
 from fairdiff_jax.training.session import Asked, Session
 from fairdiff_jax.training.setup import Setup
@@ -62,10 +65,12 @@ def train(
     FloatingPointError: if a step's loss, gradients or new parameters are not
       finite.
   """
-  session = Session(
-    *(config, Path(workdir), cases, data),
-    *(make_refill, make_validate, name, proceed),
-  )
+  clock = Stopwatch()
+  with clock("init"):
+    session = Session(
+      *(config, Path(workdir), cases, data),
+      *(make_refill, make_validate, name, proceed, clock),
+    )
   start, total, pools = session.start, config.train.steps, session.pools
   prefetch = Prefetcher(pools.batch)
   try:
@@ -80,11 +85,14 @@ def train(
         session.mix(step)
       active = active_networks(config, step)
       advance = session.compiled(active)
+      session.profile(step)
       began = time.monotonic()
       following = step + 1
       known = following < total and pools.ready(following)
-      batch = prefetch(step, following=following if known else None)
-      session.advance(step, *advance(session.state, batch))
+      with clock("data"):
+        batch = prefetch(step, following=following if known else None)
+      with clock("step"), StepTraceAnnotation("train", step_num=step):
+        session.advance(step, *advance(session.state, batch))
       # What was waited for is the step before, of this phase or another.
       alike = step > start and active == active_networks(config, step - 1)
       session.tick(active, time.monotonic() - began if alike else None)

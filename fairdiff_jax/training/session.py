@@ -32,10 +32,12 @@ from fairdiff_jax.training.checkpoint import (
 )
 from fairdiff_jax.training.compiling import Compiler
 from fairdiff_jax.training.forecast import Forecast
+from fairdiff_jax.training.goodput import Stopwatch, timed
 from fairdiff_jax.training.journal import Journal
 from fairdiff_jax.training.latents import cached_latents, cached_shape
 from fairdiff_jax.training.mesh import all_hosts, to_host
 from fairdiff_jax.training.pools import Pools
+from fairdiff_jax.training.profile import Profile
 from fairdiff_jax.training.schedule import REFILL, SAVE, VALIDATE
 from fairdiff_jax.training.setup import (
   Setup,
@@ -66,6 +68,7 @@ class Session:
   Arguments and errors are those of `train`.
 
   Attributes:
+    clock: tells how long what took.
     start: the step it goes on from.
     state: before the next step.
     pools: what batches are made of.
@@ -82,7 +85,9 @@ class Session:
     | None,
     name: str,
     proceed: bool,
+    clock: Stopwatch,
   ):
+    self.clock = clock
     self._config, self._workdir = config, workdir
     self._layout = Layout(workdir)
     self._first_host = jax.process_index() == 0
@@ -134,11 +139,13 @@ class Session:
       enabled=self._first_host,
       name=name,
       validated=dict(self._history),
+      clock=clock,
     )
     if self.start:
       self._journal.say(f"resuming from the checkpoint of step {self.start}")
     if self.start < total:
       self._journal.say(schedule.plan(config, pools.filled))
+    self._profile = Profile(self._layout.profile, config.log.profile)
     self._refills = schedule.refills(config, self.start) if pools.filled else []
     if pools.filled and changes and self._lacks_bank():
       self._refills.insert(0, self.start)
@@ -207,11 +214,13 @@ class Session:
       return False
     return not self._layout.bank(step).exists()
 
+  @timed("step")  # hosts that meet wait for the step under way
   def stop_if_asked(self):
     """Raises Asked if the run was asked to stop before a step."""
     if self._stop.at_step():
       raise Asked
 
+  @timed("compile")
   def compiled(self, key: tuple[str, ...] | str) -> Callable[..., Any]:
     """The step of a phase, or the refill; waits until it is compiled."""
     if key not in self._compiled:
@@ -234,12 +243,14 @@ class Session:
         self._journal.say(f"compiled {what} in {seconds:.0f} s")
     return self._compiled[key]
 
+  @timed("step")
   def _settle(self):
     """Waits for the step under way and checks it."""
     if self._pending is not None:
       _check_finite(self._workdir, self.pools, *self._pending)
       self._pending = None
 
+  @timed("save")
   def save(self):
     """Saves a checkpoint in the background, unless it is there."""
     self._settle()
@@ -271,6 +282,7 @@ class Session:
     self._saved = step
     self._forecast.did(SAVE, time.monotonic() - began)
 
+  @timed("evaluation")
   def validate(self, step: int):
     """Validates the averages before a step, if that is due.
 
@@ -297,6 +309,7 @@ class Session:
     patience = self._config.evaluation.patience
     return bool(patience) and in_vain(self._history) >= patience
 
+  @timed("refill")
   def mix(self, step: int):
     """Mixes the segmenter's cases of a step, with those of a bank if any."""
     self._settle()
@@ -329,6 +342,10 @@ class Session:
     self._forecast.did(REFILL, time.monotonic() - began)
     return synthetic
 
+  def profile(self, step: int):
+    """Starts or stops the trace before a step, if that is due."""
+    self._profile.at(step, self._settle)
+
   def advance(self, step: int, state: TrainState, metrics: dict[str, Any]):
     """Takes what a step gave, and waits for the step before."""
     cluster.at(step)
@@ -354,9 +371,11 @@ class Session:
   def complete(self) -> TrainState:
     """Saves the final state and says that the run is complete."""
     self._settle()
+    self._profile.close()
     step, total = int(self.state.step), self._config.train.steps
     self.save()
-    self._checkpoints.wait()
+    with self.clock("save"):
+      self._checkpoints.wait()
     found = best(self._history)
     if found:
       self._journal.say(
@@ -380,7 +399,8 @@ class Session:
     step, reason = int(self.state.step), self._stop.reason
     if step:
       self.save()
-    self._checkpoints.wait()
+    with self.clock("save"):
+      self._checkpoints.wait()
     self._journal.say(
       f"{reason}: stopped after step {step}, saved; the same command resumes"
       if step
@@ -389,6 +409,7 @@ class Session:
     self._status = 0
 
   def close(self):
+    self._profile.close()
     self._compiler.close(self._status)
     try:
       self._checkpoints.close()
