@@ -1,8 +1,8 @@
 """Eight simulated devices for every test, one compilation cache, one run.
 
-Tests compile far longer than they run. So code is optimised little (not at
-all would hide faults that only optimised code has), and what one test process
-has compiled the others read.
+Tests compile far longer than they run. So code is not optimised, but where the
+command runs as users run it; and what one test process has compiled the others
+read.
 
 Eight devices share few cores: one program at a time runs on them, and a device
 that is late for a collective is waited for longer than the 40 s after which XLA
@@ -38,6 +38,7 @@ def pytest_configure(config):
   if not hasattr(config, "workerinput"):  # the process that starts the others
     cache = tempfile.mkdtemp(prefix="compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
   import jax  # not before the environment is complete
 
@@ -46,25 +47,32 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """One process has a file's tests, and those that wait for `trained_run`."""
-  for item in items:
+  """One process has a file's tests, and those that wait for `trained_run`.
+
+  What takes longest comes first, so that no process is left alone with it.
+  """
+  longest = ("trained_run", "test_processes.py", "test_resume.py")
+
+  def group(item):
     waits = "trained_run" in item.fixturenames
-    group = "trained_run" if waits else item.path.name
-    item.add_marker(pytest.mark.xdist_group(group))
+    return "trained_run" if waits else item.path.name
+
+  for item in items:
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+  items.sort(key=lambda item: group(item) not in longest)
 
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-  """Calls `fairdiff` of what is installed, on one device, in a folder."""
+  """Calls `fairdiff` of what is installed, in a folder, as users do."""
   site = _once(tmp_path_factory, "site", _install)
 
   def call(folder, *arguments):
     start = "from fairdiff_jax.launch.command import main; main()"
-    flags = os.environ["XLA_FLAGS"].replace(f"{DEVICES}8", f"{DEVICES}1")
     return subprocess.run(
       [sys.executable, "-c", start, *map(str, arguments)],
       cwd=folder,
-      env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": flags},
+      env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": ""},
       capture_output=True,
       text=True,
       timeout=600,

@@ -23,21 +23,20 @@ from fairdiff_jax.training.setup import setup
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 600  # seconds; a cluster that hangs fails the test
 TOLERANCE = 1e-5
-# One phase, a refill and two checkpoints; what is left is small.
+# One phase, three refills, checkpoints between; what is left is small.
 OVERRIDES = {
   "data.size": "(16, 16)",
   "data.num_points": 12,
   "points.num_points": 12,
   "points.num_steps": 4,
-  "image.conditioning": "concat",
-  "image.attention": "(False,)",
-  "points.flow_depth": 1,
+  "data.validation": 0.2,
+  "evaluation.every": 1,
   "image.sample_steps": 1,
   "objective.agreement": 0.1,
-  "train.steps": 4,
-  "train.points": "(0, 4)",
-  "train.image": "(0, 4)",
-  "train.segmenter": "(0, 4)",
+  "train.steps": 6,
+  "train.points": "(0, 6)",
+  "train.image": "(0, 6)",
+  "train.segmenter": "(0, 6)",
   "bank.every": 2,
   "bank.max_attempts": 50,
   "checkpoint.every": 2,
@@ -118,7 +117,9 @@ def alone(tmp_path_factory):
 def assert_same_run(workdir, expected):
   metrics, state = read(workdir)
   expected_metrics, expected_state = read(expected)
-  assert len(metrics) == len(expected_metrics) == 5
+  # A line a step, a line a validation, and the last.
+  lines = 2 * OVERRIDES["train.steps"] + 1
+  assert len(metrics) == len(expected_metrics) == lines
   for found, known in zip(metrics, expected_metrics, strict=True):
     assert found.keys() == known.keys()
     for key, value in known.items():
@@ -134,29 +135,16 @@ def assert_same_run(workdir, expected):
     )
 
 
-def test_two_processes_train_as_one(alone, tmp_path):
-  code, output = finish(start(tmp_path, processes=2))
-  assert code == 0, output
-  assert output.count("report: ") == 1  # only the first process speaks
-  assert_same_run(tmp_path, alone)
-  banks = [
-    np.load(workdir / "bank" / "step_00000002" / "cases.npz")
-    for workdir in (tmp_path, alone)
-  ]
-  np.testing.assert_array_equal(banks[0]["mask"], banks[1]["mask"])
-  assert (tmp_path / "report" / "index.html").exists()
+def test_what_two_processes_trained_goes_on_in_one(alone, tmp_path):
+  """SIGTERM stops both at one step; the same command goes on without one.
 
-
-def test_one_process_goes_on_with_a_stopped_cluster(alone, tmp_path):
-  """SIGTERM stops both processes at one step; one, with four devices, goes on.
-
-  So it does with what two saved, and ends as one that did it all.
+  Until then they have trained, validated and drawn synthetic cases as one.
   """
   process = start(tmp_path, processes=2)
+  bank = Path("bank", "step_00000002", "cases.npz")
   try:
     deadline = time.monotonic() + TIMEOUT
-    metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
+    while not (tmp_path / bank).exists():
       assert process.poll() is None, process.communicate()[0]
       assert time.monotonic() < deadline
       time.sleep(0.01)
@@ -166,11 +154,14 @@ def test_one_process_goes_on_with_a_stopped_cluster(alone, tmp_path):
     raise
   code, output = finish(process)
   assert code == 0, output
-  stopped = re.search(r"SIGTERM: stopped after step (\d)", output)
-  assert stopped and 0 < int(stopped[1]) < OVERRIDES["train.steps"], output
+  # Once: only the first process speaks.
+  (stopped,) = re.findall(r"SIGTERM: stopped after step (\d)", output)
+  assert 2 <= int(stopped) < OVERRIDES["train.steps"]
+  banks = [np.load(workdir / bank) for workdir in (tmp_path, alone)]
+  np.testing.assert_array_equal(banks[0]["mask"], banks[1]["mask"])
   code, output = finish(start(tmp_path, devices=4))
   assert code == 0, output
-  assert f"resuming from the checkpoint of step {stopped[1]}" in output
+  assert f"resuming from the checkpoint of step {stopped}" in output
   assert_same_run(tmp_path, alone)
 
 

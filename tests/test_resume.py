@@ -107,7 +107,6 @@ def sha(workdir):
 def environment():
   """One device."""
   return os.environ | {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
   }
