@@ -14,7 +14,7 @@ from fairdiff_jax import config as configs
 from fairdiff_jax.data import prepare, storage
 from fairdiff_jax.data.cases import Cases
 from fairdiff_jax.evaluation import evaluate as evaluation
-from fairdiff_jax.evaluation import features, report
+from fairdiff_jax.evaluation import features, report, trust
 from fairdiff_jax.layout import Layout
 from fairdiff_jax.synthesis.bank import BANK
 from fairdiff_jax.synthesis.generate import Generated, _key
@@ -161,7 +161,7 @@ def test_agreement_where_a_ratio_is_undefined():
   test = cases_of(group, 2)
   image, mask = test.image[:2], test.mask[:2]
   generated = Generated(image, mask, np.ones(2, int), np.array(["", ""]))
-  result = evaluation.agreement(
+  result = trust.agreement(
     {
       "synthetic": mask * [[[1]], [[0]]],
       "real": test.mask * (group == 1)[:, None, None],
@@ -200,7 +200,7 @@ def test_images_below_nearly_all_real_ones_are_counted():
   )
   seen = other.mask.copy()
   seen[0, :3] = 0
-  result = evaluation.agreement(
+  result = trust.agreement(
     {"synthetic": seen, "real": found},
     *(generated, made, test, real, NAMES, "exclude"),
   )
