@@ -432,12 +432,12 @@ def test_ratios_are_met_within_the_budget(exported, trained, calls, tmp_path):
     trained, tmp_path / "out" / "manifest.jsonl", tmp_path / "again", [6]
   )
   assert again[0].read_bytes() == (tmp_path / "out" / FILES[6]).read_bytes()
-  message = "2 of 2 cases were refused .*cup to disc not in 0.999 to 1"
+  message = "8 of 8 cases were refused .*cup to disc not in 0.999 to 1"
   with pytest.raises(ValueError, match=message):
     export.export(
       trained,
       tmp_path / "x",
-      ["White=2"],
+      ["White=8"],
       ratios=["cup to disc=.999:1"],
       budget=1,
     )
