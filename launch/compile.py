@@ -34,8 +34,6 @@ CASES = flags.DEFINE_integer(
   lower_bound=1,
 )
 JSON = flags.DEFINE_string("json", "", "File to write the figures to.")
-
-
 SWEEP = flags.DEFINE_bool(
   "sweep", False, "Pods of v5e, v5p and v6e from 8 to 1,024 chips in a table."
 )
@@ -54,12 +52,10 @@ def main(_):
     os.environ.setdefault(name, value)
   if SWEEP.value:
     rows = []
-    for topology in ahead_of_time.SWEEP:
-      rows.append(_analyse(config, topology))
-      rows = ahead_of_time.scaling(rows)
-      if not rows[1:]:
-        print(HEAD)
-      print(_row(rows[-1]), flush=True)
+    analyses = (_analyse(config, t) for t in ahead_of_time.SWEEP)
+    for row in ahead_of_time.scaling(analyses):
+      print(_row(row) if rows else f"{HEAD}\n{_row(row)}", flush=True)
+      rows.append(row)
     found = {"cases_per_chip": CASES.value, "sweep": rows}
   else:
     found = _analyse(config, TOPOLOGY.value)

@@ -24,7 +24,8 @@ def test_collectives_are_counted_with_their_bytes():
   %i = (bf16[6]{0}, bf16[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
 collective-permute-start(%v), channel_id=1
   """
-  assert ahead_of_time.collectives(text) == {
+  found = ahead_of_time.collectives(text, 1)
+  assert ahead_of_time.by_kind(found) == {
     "all-reduce": {"count": 2, "bytes": 4 * 32 + 8 + 6},
     "all-gather": {"count": 3, "bytes": 64 + 2 * 16},
     "collective-permute": {"count": 1, "bytes": 12},
@@ -42,10 +43,11 @@ def test_a_gradients_all_reduce_is_as_large_as_the_parameters():
   )
   shapes = (jax.ShapeDtypeStruct(s, np.float32) for s in ((6, 5), (16, 6)))
   text = gradient.lower(*shapes).compile().as_text()
-  assert ahead_of_time.collectives(text) == {
+  found = ahead_of_time.collectives(text, 8)
+  assert ahead_of_time.by_kind(found) == {
     "all-reduce": {"count": 1, "bytes": 4 * 6 * 5}
   }
-  assert ahead_of_time.wire_bytes(text, 8) == 210
+  assert ahead_of_time.wire_bytes(found) == 210
 
 
 def test_bytes_on_the_wire_are_those_of_rings_over_their_groups():
@@ -56,11 +58,11 @@ def test_bytes_on_the_wire_are_those_of_rings_over_their_groups():
   %d = f32[10] all-to-all(%x), replica_groups=[1,8]<=[8], dimensions={0}
   %e = f32[10] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
   """
-  found = ahead_of_time.operations(text, 8)
+  found = ahead_of_time.collectives(text, 8)
   assert [(op.size, op.group) for op in found[:4]] == [
     *((40, 8), (40, 4), (40, 2), (40, 8))
   ]
-  assert ahead_of_time.wire_bytes(text, 8) == 70 + 30 + 40 + 35 + 40
+  assert ahead_of_time.wire_bytes(found) == 70 + 30 + 40 + 35 + 40
 
 
 def test_growth_is_over_the_first_of_a_generation():
@@ -73,7 +75,7 @@ def test_growth_is_over_the_first_of_a_generation():
       ("v5p:4x4x4", 459e9, 0.6e9, 7e-3),
     )
   ]
-  found = ahead_of_time.scaling(rows)
+  found = [*ahead_of_time.scaling(rows)]
   steps = [row["step_seconds"] for row in found]
   assert steps == pytest.approx([1e-3, 1.1e-3, 4e-3, 8e-3])
   growth = [row["growth"] for row in found]

@@ -6,7 +6,7 @@ Compiling for a TPU topology needs the package libtpu, not a TPU.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +69,7 @@ class Collective(NamedTuple):
   group: int
 
 
-def operations(text: str, devices: int) -> list[Collective]:
+def collectives(text: str, devices: int) -> list[Collective]:
   """The collective operations of a compiled program.
 
   Args:
@@ -109,33 +109,25 @@ def _group(line: str, devices: int) -> int:
   return len(listed[1].split(",")) if listed else devices
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
-  """'count' and 'bytes' of each kind of collective of a compiled program.
-
-  Args:
-    text: the program's HLO; see `operations`.
-  """
-  found = defaultdict(lambda: {"count": 0, "bytes": 0})
-  for operation in operations(text, 1):
-    found[operation.kind]["count"] += 1
-    found[operation.kind]["bytes"] += operation.size
-  return dict(found)
+def by_kind(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+  """'count' and 'bytes' of each kind of collective."""
+  result = defaultdict(lambda: {"count": 0, "bytes": 0})
+  for operation in found:
+    result[operation.kind]["count"] += 1
+    result[operation.kind]["bytes"] += operation.size
+  return dict(result)
 
 
-def wire_bytes(text: str, devices: int) -> float:
-  """Bytes that each chip sends for the collectives of a compiled program.
+def wire_bytes(found: Iterable[Collective]) -> float:
+  """Bytes that each chip sends for collectives.
 
   By rings, over n chips, of results of B bytes on each: an all-reduce sends
   2 B (n - 1) / n, an all-gather and an all-to-all B (n - 1) / n, a
   reduce-scatter B (n - 1), a permutation B (Patarasuk & Yuan 2009,
   doi:10.1016/j.jpdc.2008.09.002).
-
-  Args:
-    text: the program's HLO; see `operations`.
-    devices: that the program is for.
   """
   total = 0.0
-  for kind, size, n in operations(text, devices):
+  for kind, size, n in found:
     share = (n - 1) / n
     total += size * {
       "all-reduce": 2 * share,
@@ -197,6 +189,7 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
   ).compile()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   text = compiled.as_text()
+  found = collectives(text, len(devices))
   result = {
     "devices": len(devices),
     "networks": list(active),
@@ -208,8 +201,8 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
     - memory.alias_size_in_bytes,
     "flops": cost.get("flops"),
     "bytes": cost.get("bytes accessed"),
-    "collectives": collectives(text),
-    "wire_bytes": wire_bytes(text, len(devices)),
+    "collectives": by_kind(found),
+    "wire_bytes": wire_bytes(found),
     "kernels": text.count('custom_call_target="tpu_custom_call"'),
     "seconds": estimate(cost, text, peak),
   }
@@ -218,13 +211,13 @@ def analyse(config, devices, peak: float) -> dict[str, Any]:
   return result
 
 
-def scaling(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def scaling(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
   """What a step takes on more and more chips, with as many cases on each.
 
   Args:
     rows: what `analyse` gives, with the 'topology' of each.
 
-  Returns:
+  Yields:
     The rows, with 'compute_seconds' (operations at the chip's peak),
     'collective_seconds' (`wire_bytes` at the speed of its links, which leaves
     out how long a message is under way), 'step_seconds' and 'growth'. A step is
@@ -232,20 +225,17 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     after that: none are hidden behind computing. Growth is that over the
     generation's first row, less 1.
   """
-  first, result = {}, []
+  first: dict[str, float] = {}
   for row in rows:
     generation = row["topology"].partition(":")[0]
     compute = row["flops"] / PEAK[generation]
     talk = row["wire_bytes"] / LINKS[generation]
     step = (row["seconds"] or compute) + talk
     first.setdefault(generation, step)
-    result.append(
-      {
-        **row,
-        "compute_seconds": compute,
-        "collective_seconds": talk,
-        "step_seconds": step,
-        "growth": step / first[generation] - 1,
-      }
-    )
-  return result
+    yield {
+      **row,
+      "compute_seconds": compute,
+      "collective_seconds": talk,
+      "step_seconds": step,
+      "growth": step / first[generation] - 1,
+    }
