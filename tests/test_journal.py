@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-import time
 import types
 
 import numpy as np
@@ -54,17 +53,30 @@ def test_what_is_not_finite_is_null(tmp_path):
   ]
 
 
-def test_throughput(tmp_path):
+@pytest.fixture
+def pass_time(monkeypatch):
+  """Lets seconds go by on the clock of stopwatches, and none otherwise."""
+  now = [0.0]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(goodput, "time", clock)
+
+  def pass_time(seconds):
+    now[0] += seconds
+
+  return pass_time
+
+
+def test_throughput(tmp_path, pass_time):
   """That of steps and their batches, whatever else takes time."""
   clock = Stopwatch()
   journal = Journal(tmp_path, start=0, stop=4, clock=clock)
   for done in (2, 4):
     with clock("step"):
-      time.sleep(0.02)
+      pass_time(0.02)
     with clock("refill"), clock("data"):
-      time.sleep(0.02)
+      pass_time(0.02)
     with clock("compile"):
-      time.sleep(0.2)
+      pass_time(0.2)
     journal.log(done, {}, cases=10)
   journal.close()
   for line in lines(tmp_path):
@@ -72,13 +84,13 @@ def test_throughput(tmp_path):
     assert 100 < line["cases_per_second"] <= 500
 
 
-def test_every_start_leaves_what_it_took(tmp_path):
+def test_every_start_leaves_what_it_took(tmp_path, pass_time):
   path = tmp_path / "goodput.jsonl"
   for start in (0, 1):
     clock = Stopwatch()
     journal = Journal(tmp_path, start=start, stop=2, clock=clock)
     with clock("save"), clock("step"):
-      time.sleep(0.01)
+      pass_time(0.01)
     journal.step()
     journal.close()
   Journal(tmp_path, start=2, stop=2).close()  # which had nothing to do

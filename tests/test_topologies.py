@@ -9,6 +9,7 @@ from configs.phantom import get_config
 from fairdiff_jax.training.checkpoint import Checkpoints, join
 from fairdiff_jax.training.mesh import put_batch, to_host
 from fairdiff_jax.training.setup import setup, step_function
+from tests.test_parallel import on
 
 MESHES = [  # devices, and how many of them share one copy of the parameters
   (count, fsdp)
@@ -47,13 +48,6 @@ def state(runs):
     return rng.uniform(0.01, 0.3, like.shape).astype(like.dtype)
 
   return jax.tree.map(drawn, runs[1, 1].abstract)
-
-
-def on(run, state):
-  """The state as it lies on a run's devices."""
-  return jax.tree.map(
-    lambda x, like: jax.device_put(x, like.sharding), state, run.abstract
-  )
 
 
 def restored(workdir, run):
