@@ -1,8 +1,8 @@
 """Eight simulated devices for every test, one compilation cache, one run.
 
-Tests compile far longer than they run. So code is not optimised, but where the
-command runs as users run it; and what one test process has compiled the others
-read.
+Tests compile far longer than they run. So code is not optimised, but where
+`trained_run` is trained as users do it; and what one test process has compiled the others
+read. Child processes inherit this; of devices the last number counts.
 
 Eight devices share few cores: one program at a time runs on them, and a device
 that is late for a collective is waited for longer than the 40 s after which XLA
@@ -22,13 +22,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DEVICES = "--xla_force_host_platform_device_count="
 
-# JAX reads these once, when its backend starts; child processes inherit them.
+# JAX reads these once, when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     f"{DEVICES}8",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
   ]
 )
@@ -67,12 +69,12 @@ def command(tmp_path_factory):
   """Calls `fairdiff` of what is installed, in a folder, as users do."""
   site = _once(tmp_path_factory, "site", _install)
 
-  def call(folder, *arguments):
+  def call(folder, *arguments, flags=f"{os.environ['XLA_FLAGS']} {DEVICES}1"):
     start = "from fairdiff_jax.launch.command import main; main()"
     return subprocess.run(
       [sys.executable, "-c", start, *map(str, arguments)],
       cwd=folder,
-      env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": ""},
+      env=os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": flags},
       capture_output=True,
       text=True,
       timeout=600,
@@ -91,6 +93,7 @@ def trained_run(tmp_path_factory, command):
     done = command(
       *(folder.parent, "train", "--config", "phantom:smoke", *asked),
       *("--workdir", folder.name),
+      flags="",
     )
     assert done.returncode == 0, done.stderr
 

@@ -47,7 +47,7 @@ def test_a_folded_convolution_is_the_plain_one(
     return (y * weight).sum(), y
 
   want, found = (
-    jax.grad(f, argnums=(0, 1), has_aux=True)(variables, x)
+    jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(variables, x)
     for f in (plainly, by_folding)
   )
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):

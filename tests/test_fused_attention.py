@@ -1,6 +1,7 @@
 """Which kernel attends where, and that it computes attention."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,7 @@ def test_head_by_head_is_attention(tokens, context):
     for n in (tokens, context, context, tokens)
   )
 
+  @partial(jax.jit, static_argnums=0)
   def compute(attend):
     y, vjp = jax.vjp(attend, query, key, value)
     return y, vjp(weight)

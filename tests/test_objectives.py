@@ -145,17 +145,20 @@ def test_segmentation_loss_matches_numpy():
   sizes = (p**2).sum((1, 2)) + (y**2).sum((1, 2))
   dice = (1 - (2 * intersection + 1e-5) / (sizes + 1e-5)).mean(-1)
   logits, label = jnp.asarray(logits, jnp.float32), jnp.asarray(label)
-  np.testing.assert_allclose(
-    cross_entropy(logits, label), expected_cross_entropy, rtol=1e-5
-  )
-  np.testing.assert_allclose(dice_terms(logits, label).loss(), dice, rtol=1e-5)
+  found = losses(logits, label)
+  np.testing.assert_allclose(found[0], expected_cross_entropy, rtol=1e-5)
+  np.testing.assert_allclose(found[1], dice, rtol=1e-5)
+
+
+@jax.jit
+def losses(logits, label):
+  return cross_entropy(logits, label), dice_terms(logits, label).loss()
 
 
 def test_perfect_segmentation_costs_nothing():
-  label = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 8, 8)))
-  logits = 100.0 * jax.nn.one_hot(label, 3)
-  np.testing.assert_allclose(cross_entropy(logits, label), 0, atol=1e-5)
-  np.testing.assert_allclose(dice_terms(logits, label).loss(), 0, atol=1e-5)
+  label = np.random.default_rng(0).integers(0, 3, (2, 8, 8))
+  logits = 100 * np.eye(3, dtype=np.float32)[label]
+  np.testing.assert_allclose(losses(logits, label), 0, atol=1e-5)
 
 
 def test_hints_are_white_red_blue():
@@ -170,17 +173,18 @@ def test_blur_is_binomial_and_keeps_constants():
   impulse[0, 4, 4, 0] = 1
   kernel = np.zeros(9)
   kernel[2:7] = np.array([1, 4, 6, 4, 1]) / 16
-  found = blur(jnp.asarray(impulse))[0, ..., 0]
+  found = jax.jit(blur)(impulse)[0, ..., 0]
   np.testing.assert_allclose(found, np.outer(kernel, kernel), atol=1e-7)
-  flat = jnp.full((1, 4, 5, 2), 3.0)
-  np.testing.assert_allclose(blur(flat), flat, rtol=1e-6)
+  flat = np.full((1, 4, 5, 2), 3, np.float32)
+  np.testing.assert_allclose(jax.jit(blur)(flat), flat, rtol=1e-6)
 
 
 def test_class_means_match_numpy_and_fall_back():
   image, mask = make_batch()["generation"]["image"], make_cases().mask.copy()
   mask[0][mask[0] == 2] = 1
   otherwise = jnp.full((BATCH, 3), 7.0)
-  found = class_means(image, jnp.asarray(mask, jnp.int32), otherwise)
+  found = jax.jit(class_means)(image, np.int32(mask), otherwise)
+  found = np.asarray(found)
   assert found[0, 2] == 7
   for i, c in itertools.product(range(BATCH), range(3)):
     if (i, c) != (0, 2):
@@ -189,9 +193,9 @@ def test_class_means_match_numpy_and_fall_back():
 
 
 def test_the_prior_image_shows_every_class_its_intensity():
-  mask = jnp.broadcast_to(jnp.array([0, 1, 2])[:, None, None], (3, 5, 5))
-  intensity = jnp.arange(9.0).reshape(3, 3)
-  found = prior_image(mask, intensity)
+  mask = np.broadcast_to(np.arange(3)[:, None, None], (3, 5, 5))
+  intensity = np.arange(9, dtype=np.float32).reshape(3, 3)
+  found = jax.jit(prior_image)(mask, intensity)
   assert found.shape == (3, 5, 5, 1)
   np.testing.assert_allclose(found[:, 2, 2, 0], [0, 4, 8], rtol=1e-6)
 
@@ -211,26 +215,28 @@ def test_drawn_intensities_have_the_group_s_mean_and_covariance():
   root = 0.1 * rng.normal(size=(4, 3, 3)).astype(np.float32)
   spread = root + root.swapaxes(1, 2)
   known = {"intensity": jnp.asarray(mean), "spread": jnp.asarray(spread)}
+  draw = jax.jit(draw_intensity)
   for group, row in ((0, 0), (2, 2), (-1, 3)):
-    found = draw_intensity(known, jnp.full(n, group), keys_of(range(n)))
+    found = np.asarray(draw(known, np.full(n, group), keys_of(range(n))))
     np.testing.assert_allclose(found.mean(0), mean[row], atol=0.01)
     covariance = spread[row] @ spread[row]
     np.testing.assert_allclose(np.cov(found.T), covariance, atol=0.004)
   wild = {"intensity": jnp.zeros((4, 3)), "spread": 50 * jnp.ones((4, 3, 3))}
-  found = draw_intensity(wild, jnp.zeros(9, int), keys_of(range(9)))
+  found = draw(wild, np.zeros(9, int), keys_of(range(9)))
   assert found.min() >= LOG_BLACK and found.max() <= LOG_WHITE
 
 
 def test_a_case_is_its_prior_and_its_residual(state):
   space = pixel_space(make_config().image, 3)
   known, part = variables(state, "image"), make_batch()["generation"]
-  x_0, prior = space.encode(known, part, keys_of(range(BATCH)))
+  x_0, prior = jax.jit(space.encode)(known, part, keys_of(range(BATCH)))
   np.testing.assert_allclose(
-    space.decode(known, x_0, prior), part["image"], atol=1e-5
+    jax.jit(space.decode)(known, x_0, prior), part["image"], atol=1e-5
   )
   # Its own intensities are measured, those of a new case are drawn.
   assert abs(float(x_0.mean())) < 0.1
-  new = space.draw(known, part["mask"], GROUP, keys_of(range(BATCH)))
+  draw = jax.jit(space.draw)
+  new = draw(known, part["mask"], GROUP, keys_of(range(BATCH)))
   assert not np.isclose(new.mean, prior.mean).any()
   np.testing.assert_array_equal(new.scale, prior.scale)
 
@@ -405,7 +411,7 @@ def test_clouds_take_as_many_steps_as_asked(state, asked, taken):
 
 def test_samples_have_the_data_s_shape_and_range(objective, state):
   keys, group = keys_of(range(2)), jnp.array([0, -1])
-  clouds = objective.tasks["points"].sample(
+  clouds = jax.jit(objective.tasks["points"].sample)(
     variables(state, "points"), group, keys
   )
   assert clouds.shape == (2, POINTS, 3) and np.isfinite(clouds).all()
@@ -415,7 +421,7 @@ def test_samples_have_the_data_s_shape_and_range(objective, state):
   )
   assert images.shape == (2, SIZE, SIZE, 1)
   assert np.abs(images).max() <= 1
-  labels = objective.tasks["segmenter"].sample(
+  labels = jax.jit(objective.tasks["segmenter"].sample)(
     variables(state, "segmenter"), images[:, :, :-3]
   )
   assert labels.shape == (2, SIZE, SIZE - 3)
@@ -425,15 +431,19 @@ def test_samples_have_the_data_s_shape_and_range(objective, state):
 def test_without_a_step_a_start_is_recoloured(objective, state):
   """Its class intensities are drawn, its detail stays."""
   cases = make_cases()
-  mask, group = jnp.asarray(cases.mask[:4], jnp.int32), jnp.zeros(4, jnp.int32)
-  image = jnp.asarray(cases.image[:4, ..., None] / 127.5 - 1, jnp.float32)
-  found = objective.tasks["image"].sample(
-    variables(state, "image"), mask, group, keys_of(range(4)), image, 0.0
-  )
-  inside = np.abs(found) < 0.95  # neither black nor white
-  y = np.where(inside, log_brightness(found) - log_brightness(image), np.nan)
-  step = y - blur(jax.nn.one_hot(mask, 3)) @ jnp.zeros(3)[:, None]
-  flat = np.asarray(blur(jax.nn.one_hot(mask, 3)).max(-1)) > 0.999
+  mask, group = np.int32(cases.mask[:4]), np.zeros(4, np.int32)
+  image = np.float32(cases.image[:4, ..., None] / 127.5 - 1)
+
+  @jax.jit
+  def recolour(mask, image):
+    found = objective.tasks["image"].sample(
+      variables(state, "image"), mask, group, keys_of(range(4)), image, 0.0
+    )
+    step = log_brightness(found) - log_brightness(image)
+    return found, step, blur(jax.nn.one_hot(mask, 3)).max(-1) > 0.999
+
+  found, step, flat = map(np.asarray, recolour(mask, image))
+  step = np.where(np.abs(found) < 0.95, step, np.nan)  # neither black nor white
   for case in range(4):
     for label in range(3):
       same = step[case, ..., 0][flat[case] & (mask[case] == label)]
@@ -542,15 +552,16 @@ def test_running_risks_stand_in_for_absent_groups(state):
     config = make_config(**{"fairness.fill_absent": fill})
     objective = make_objective(config, GROUPS, ("segmenter",))
     running = RunningRisk.start(3).update(jnp.full(3, 9.0), jnp.ones(3), 0.9)
-    _, aux = joint_objective(
+    compute = partial(
+      joint_objective, objective=objective, active=("segmenter",)
+    )
+    _, aux = jax.jit(compute)(
       state.params,
       state.batch_stats,
       state.frozen,
       state.fairness.replace(running=running),
       make_batch(),
       jax.random.key(5),
-      objective=objective,
-      active=("segmenter",),
     )
     metrics = aux["metrics"]
     found[fill] = float(metrics["loss/fairness"])
@@ -608,8 +619,9 @@ def test_the_learning_rate_told_is_the_one_used(decay, accumulate):
   rate = learning_rate(config.points, 12)
   params = {"points": jnp.zeros(())}
   state, momentum = optimizer.init(params), 0.0
+  update = jax.jit(optimizer.update)
   for done in range(12):
-    updates, state = optimizer.update({"points": jnp.ones(())}, state, params)
+    updates, state = update({"points": jnp.ones(())}, state, params)
     if (done + 1) % accumulate:
       assert updates["points"] == 0
       continue

@@ -21,6 +21,7 @@ from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.setup import setup
 
 ROOT = Path(__file__).parents[1]
+DEVICES = "--xla_force_host_platform_device_count="
 TIMEOUT = 600  # seconds; a cluster that hangs fails the test
 TOLERANCE = 1e-5
 # One phase, three refills, checkpoints between; what is left is small.
@@ -63,10 +64,6 @@ def command(workdir, processes=1, **overrides):
 
 def start(workdir, processes=1, devices=2, **overrides):
   """Starts a run, each process with its own simulated devices."""
-  flags = [
-    f"--xla_force_host_platform_device_count={devices}",
-    "--xla_backend_optimization_level=0",
-  ]
   return subprocess.Popen(
     command(workdir, processes, **overrides),
     cwd=ROOT,
@@ -74,7 +71,7 @@ def start(workdir, processes=1, devices=2, **overrides):
     | {
       "PYTHON": sys.executable,
       "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": " ".join(flags),
+      "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}{devices}",
     },
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -202,7 +199,7 @@ def test_methods_of_two_processes_equal_one(tmp_path):
     address = f"localhost:{free.getsockname()[1]}"
   environment = os.environ | {
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}4",
   }
   processes = [
     subprocess.Popen(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DEVICES = "--xla_force_host_platform_device_count="
 
 OVERRIDES = {
   "baseline": False,
@@ -108,7 +109,7 @@ def environment():
   """One device."""
   return os.environ | {
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}1",
   }
 
 
