@@ -1,8 +1,9 @@
 """Eight simulated devices for every test, one compilation cache, one run.
 
-Tests compile far longer than they run. So code is not optimised, but where
-`trained_run` is trained as users do it; and what one test process has compiled the others
-read. Child processes inherit this; of devices the last number counts.
+Tests compile far longer than they run. So code is not optimised, but for
+`trained_run`, which is trained as users train; and what one test process has
+compiled the others read. Child processes inherit this; of devices the last
+number counts.
 
 Eight devices share few cores: one program at a time runs on them, and a device
 that is late for a collective is waited for longer than the 40 s after which XLA

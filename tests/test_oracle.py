@@ -41,6 +41,15 @@ def score():
   real, test = draw(1, 2, 3, 16), draw(2, 20, 20, 20)
 
   @jax.jit
+  def start():
+    params = task.init(jax.random.key(0)).params
+    return params, optimizer.init(params)
+
+  @jax.jit
+  def segment(params, images):
+    return task.sample(Variables(params, {}, {}), images)
+
+  @jax.jit
   def step(params, state, batch):
     def loss(params):
       return task.risk(Variables(params, {}, {}), batch, None, True)[0].mean()
@@ -55,15 +64,14 @@ def score():
     epoch = training_pool(rng, strategy, real[2], synthetic[2], RACES, sizes)
     names, no_points = [""] * len(group), np.empty((len(group), 0, 3))
     pool = Pool(names, image, mask, group, no_points, epoch)
-    params = task.init(jax.random.key(0)).params
-    state = optimizer.init(params)
+    params, state = start()
     options = dict(seed=0, stream=1, size=BATCH, rows=slice(0, BATCH))
     for i in range(STEPS):
       batch = make_batch(pool, step=i, recipe="strong", **options)
       batch = {k: batch[k] for k in ("image", "mask", "weight", "group")}
       params, state = step(params, state, batch)
     images = test[0][..., None] / np.float32(127.5) - 1
-    found = np.asarray(task.sample(Variables(params, {}, {}), images))
+    found = np.asarray(segment(params, images))
     values = dice(test[1], found, DISC)
     return [np.nanmean(values[test[2] == g]) for g in range(len(RACES))]
 
