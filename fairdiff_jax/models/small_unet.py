@@ -48,5 +48,8 @@ class SmallUNet(nn.Module):
     for i in range(2):
       x = nn.Conv(channels, (3, 3), use_bias=False, name=f"{name}_conv_{i}")(x)
       groups = int(np.gcd(8, channels))
-      x = nn.relu(nn.GroupNorm(groups, name=f"{name}_norm_{i}")(x))
+      norm = nn.GroupNorm(
+        groups, use_fast_variance=False, name=f"{name}_norm_{i}"
+      )
+      x = nn.relu(norm(x))
     return x

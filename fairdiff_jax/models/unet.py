@@ -59,9 +59,8 @@ def _group_norm(x: jax.Array, name: str) -> jax.Array:
     # Groups of one channel would cancel biases and the conditioning's shift.
     groups //= 2
   # The mean square less the squared mean would cost a digit.
-  return nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=name)(
-    x
-  )
+  norm = nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=name)
+  return norm(x)
 
 
 class ResidualBlock(nn.Module):
