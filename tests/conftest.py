@@ -48,21 +48,20 @@ def pytest_configure(config):
   jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-  """One process has a file's tests, and those that wait for `trained_run`.
-
-  What takes longest comes first, so that no process is left alone with it.
-  """
-  longest = ("trained_run", "test_processes.py", "test_resume.py")
-
-  def group(item):
-    waits = "trained_run" in item.fixturenames
-    return "trained_run" if waits else item.path.name
-
-  for item in items:
-    item.add_marker(pytest.mark.xdist_group(group(item)))
-  items.sort(key=lambda item: group(item) not in longest)
+  """What takes longest comes first: no process is left alone with it."""
+  longest = (
+    "test_installed.py",  # others wait for its `trained_run`
+    "test_processes.py",
+    "test_resume.py",
+    "test_parallel.py",
+    "test_run.py",
+    "test_recipes.py",
+    "test_domain.py",
+    "test_objectives.py",
+  )
+  order = {name: place for place, name in enumerate(longest)}
+  items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
