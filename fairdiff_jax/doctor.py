@@ -39,8 +39,9 @@ from fairdiff_jax.training.step import TrainState
 RIGHT, WRONG, UNCHECKED = "right", "wrong", "not checked"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Relative to the norm. Float32 has full products; errors of bfloat16 add up
-# over layers, where what is wrong is off by more than half.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# over layers, to 0.17 for the small U-Net with other weights, where what is
+# wrong is off by more than half.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 REPEATS = 3  # of the timed step
 CASES = 2
 
