@@ -52,7 +52,7 @@ def make_cases(seed=0, n=BATCH):
   rng = np.random.default_rng(seed)
   return Cases(
     name=[f"case_{i}" for i in range(n)],
-    image=rng.integers(0, 256, (n, SIZE, SIZE)).astype(np.uint8),
+    image=rng.integers(5, 256, (n, SIZE, SIZE)).astype(np.uint8),
     mask=rng.integers(0, 3, (n, SIZE, SIZE)).astype(np.uint8),
     points=rng.normal(8, 3, (n, POINTS, 3)).astype(np.float32),
     attributes={},
@@ -243,6 +243,7 @@ def test_a_case_is_its_prior_and_its_residual(state):
 
 def by_case(cases):
   """Mean logarithm of brightness of each case's classes, NaN without any."""
+  assert not ((cases.image <= 4) & (cases.mask == 0)).any()  # all is lit
   y = np.log(cases.image / 127.5 + 0.1)
   return np.array(
     [
@@ -299,6 +300,48 @@ def test_many_cases_have_their_own_spread_and_one_the_groups():
   variance = np.log(level[:n] / 127.5 + 0.1).var(ddof=1)
   np.testing.assert_allclose(own, np.full((3, 3), variance), rtol=0.01)
   np.testing.assert_allclose(pooled, 2 * own, rtol=0.01)
+
+
+def in_a_round_field(cases):
+  """The same cases, with unlit corners of several greys."""
+  rows, columns = np.indices((SIZE, SIZE)) - (SIZE - 1) / 2
+  corner = np.hypot(rows, columns) > SIZE / 2
+  unlit = (rows + columns).astype(int) % 5
+  image, mask = cases.image.copy(), np.where(corner, 0, cases.mask)
+  image[:, corner] = unlit[corner]
+  return cases._replace(image=image, mask=mask.astype(np.uint8)), corner
+
+
+def test_what_surrounds_a_field_of_view_is_no_background(state):
+  """It changes no statistics, and a start keeps it, at any intensity."""
+  cases, corner = in_a_round_field(make_cases())
+  found, y = by_case(cases._replace(image=cases.image + np.uint8(5) * corner))
+  for i in range(BATCH):
+    found[i, 0] = y[i][(cases.mask[i] == 0) & ~corner].mean()
+  compute = partial(statistics.compute, num_groups=3, intensity_prior=True)
+  image = compute(cases, GROUP)["image"]
+  np.testing.assert_allclose(image["intensity"][3], found.mean(0), atol=1e-6)
+  residual = np.stack([y[i] - found[i][m] for i, m in enumerate(cases.mask)])
+  expected = residual[:, ~corner].std()
+  assert image["scale"][3] == pytest.approx(expected, rel=1e-5)
+
+  space = pixel_space(make_config().image, 3)
+  known = variables(state, "image")
+  part = make_batch()["generation"] | {
+    "image": np.float32(cases.image[..., None] / 127.5 - 1),
+    "mask": np.int32(cases.mask),
+  }
+  x_0, prior = jax.jit(space.encode)(known, part, keys_of(range(BATCH)))
+  new = jax.jit(space.draw)(
+    known, part["mask"], GROUP, keys_of(range(BATCH)), part["image"]
+  )
+  for mean in (prior.mean, new.mean):
+    np.testing.assert_array_equal(mean[:, corner], np.float32(LOG_BLACK))
+    assert (mean[:, ~corner] > LOG_BLACK).all()
+  again = jax.jit(space.decode)(known, x_0, new)
+  np.testing.assert_allclose(
+    again[:, corner], part["image"][:, corner], atol=1e-5
+  )
 
 
 def test_statistics_of_one_flat_image_without_a_cup_are_finite():

@@ -10,6 +10,7 @@ from fairdiff_jax.data.domain import FUNDUS, Domain
 
 GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
 DARK = 0.1  # added to brightness in [0, 2], so that black has a logarithm
+UNLIT = 4  # grey level; background no brighter is outside the field of view
 POOLED = 8  # cases of its own that weigh as much as the groups' pooled spread
 
 
@@ -52,9 +53,9 @@ def compute(
     'spread' [G + 1, I, I], the symmetric root of the covariance of a new
     case's, and 'scale' [G + 1], the root mean square of what is left of an
     image, one grey level at the least. Intensities are logarithms,
-    log(image + 1 + DARK). The last row and those of absent groups are of all
-    cases. Of a class without a pixel a case has its group's mean, a group that
-    of all cases, and all cases 0.
+    log(image + 1 + DARK); what is unlit is left out. The last row and those of
+    absent groups are of all cases. Of a class without a pixel a case has its
+    group's mean, a group that of all cases, and all cases 0.
   """
   result = shapes(num_groups, cases.domain)
   clouds = [p for p in cases.points if p.any()]
@@ -105,14 +106,17 @@ def by_class(image: np.ndarray, mask: np.ndarray, domain: Domain) -> np.ndarray:
   """What `compute` takes from a case [3, I], by class and channel.
 
   Mean of log(image + 1 + DARK), NaN without a pixel, number of pixels, and sum
-  of their squared distances from that mean.
+  of their squared distances from that mean. Background that is unlit is left
+  out: what surrounds a round field of view would outweigh what is seen in it.
   """
   classes, channels = domain.num_classes, domain.channels
   levels = np.log(np.arange(256) / 127.5 + DARK)
   result = np.empty((3, classes, channels))
-  of = mask.astype(np.intp) * 256
-  for c, values in enumerate(np.moveaxis(np.atleast_3d(image), -1, 0)):
-    found = np.bincount((of + values).ravel(), minlength=classes * 256)
+  image = np.atleast_3d(image)
+  lit = (mask > 0) | (image.max(-1) > UNLIT)
+  of = mask[lit].astype(np.intp) * 256
+  for c, values in enumerate(np.moveaxis(image[lit], -1, 0)):
+    found = np.bincount(of + values, minlength=classes * 256)
     found = found.reshape(classes, 256)
     count = found.sum(1)
     mean = found @ levels / np.maximum(count, 1)

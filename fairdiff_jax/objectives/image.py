@@ -104,7 +104,7 @@ def image_task(config, num_groups: int, image_channels: int = 1) -> Task:
     everyone = jnp.ones(len(mask), bool)
     # Other noise than the diffusion's, from the same keys.
     prior_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-    prior = space.draw(variables, mask, group, prior_keys)
+    prior = space.draw(variables, mask, group, prior_keys, image)
     condition = space.condition(variables, mask, group, prior, everyone)
     if config.guidance != 1:
       condition = jax.tree.map(

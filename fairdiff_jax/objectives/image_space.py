@@ -30,8 +30,9 @@ class Space(NamedTuple):
     shape: (H, W) of an image -> shape of its x_0.
     encode: (variables, batch, keys [B]) -> x_0 [B, ...], and the prior of
       these cases: what is not diffused, a tree of arrays [B, ...].
-    draw: (variables, mask [B, H, W], group [B], keys [B]) -> the prior of new
-      cases.
+    draw: (variables, mask [B, H, W], group [B], keys [B], image=None) -> the
+      prior of new cases; `image` [B, H, W, C] is what they start from, if
+      anything.
     condition: (variables, mask, group, prior, kept [B]) -> what `predict` is
       conditioned on, a tree of arrays [B, ...]; where not kept, what stands
       for no condition.

@@ -311,8 +311,8 @@ def latent_space(config, num_groups: int, image_channels: int = 1) -> Space:
     scale = variables.frozen["scaling_factor"]
     return scale * (mean + jnp.exp(logvar / 2) * noise), None
 
-  def draw(variables, mask, group, keys):
-    del variables, mask, group, keys
+  def draw(variables, mask, group, keys, image=None):
+    del variables, mask, group, keys, image
 
   def condition(variables, mask, group, prior, kept):
     del prior

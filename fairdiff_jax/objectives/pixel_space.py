@@ -8,8 +8,9 @@ in training, drawn for a new case. A[g] and S[g] S[g]^T are their mean and
 covariance in group g, and s[g] is the residual's scale. So what a few cases of
 a group can teach, its patients' brightness and contrast and how these vary, is
 taken from statistics; the network adds the rest, and sees mu. In logarithms,
-vessels, shadows and speckle have the same depth at any brightness. Without the
-prior x_0 = image: plain diffusion.
+vessels, shadows and speckle have the same depth at any brightness. Where the
+background is unlit, as around a round field of view, mu is black, and neither
+a nor s[g] knows of it. Without the prior x_0 = image: plain diffusion.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairdiff_jax.data.statistics import DARK
+from fairdiff_jax.data.statistics import DARK, UNLIT
 from fairdiff_jax.diffusion.samplers import example_normal
 from fairdiff_jax.models.unet import ControlNet, UNet
 from fairdiff_jax.objectives.image_space import Space, hint_image
@@ -71,7 +72,7 @@ def class_means(
 
   Args:
     y: [B, H, W, C].
-    mask: [B, H, W].
+    mask: [B, H, W]; -1 is no class.
     otherwise: [B, I], for classes without a pixel.
   """
   classes = otherwise.shape[-1] // y.shape[-1]
@@ -98,6 +99,11 @@ def draw_intensity(
   noise = example_normal(keys, mean.shape[1:])
   drawn = mean + jnp.einsum("bij,bj->bi", spread, noise)
   return jnp.clip(drawn, LOG_BLACK, LOG_WHITE)
+
+
+def is_unlit(image: jax.Array, mask: jax.Array) -> jax.Array:
+  """Background [B, H, W] of images [B, H, W, C] that is as good as black."""
+  return (mask == 0) & (image.max(-1) < (UNLIT + 0.5) / 127.5 - 1)
 
 
 def prior_image(
@@ -162,11 +168,11 @@ def pixel_space(config, num_groups: int, image_channels: int = 1) -> Space:
       ]
     return Variables(params, {}, {})
 
-  def prior_of(variables, mask, group, intensity):
+  def prior_of(variables, mask, group, intensity, unlit):
     scale = _of_group(variables.frozen["scale"], group)
-    return Prior(
-      prior_image(mask, intensity, image_channels), scale[:, None, None, None]
-    )
+    mean = prior_image(mask, intensity, image_channels)
+    mean = jnp.where(unlit[..., None], LOG_BLACK, mean)
+    return Prior(mean, scale[:, None, None, None])
 
   def encode(variables, batch, keys):
     del keys
@@ -175,14 +181,19 @@ def pixel_space(config, num_groups: int, image_channels: int = 1) -> Space:
       return image, _no_prior(mask, image_channels)
     y = log_brightness(image)
     average = _of_group(variables.frozen["intensity"], group)
-    prior = prior_of(variables, mask, group, class_means(y, mask, average))
+    unlit = is_unlit(image, mask)
+    intensity = class_means(y, jnp.where(unlit, -1, mask), average)
+    prior = prior_of(variables, mask, group, intensity, unlit)
     return (y - prior.mean) / prior.scale, prior
 
-  def draw(variables, mask, group, keys):
+  def draw(variables, mask, group, keys, image=None):
     if not config.intensity_prior:
       return _no_prior(mask, image_channels)
     intensity = draw_intensity(variables.frozen, group, keys)
-    return prior_of(variables, mask, group, intensity)
+    unlit = jnp.zeros(mask.shape, bool)
+    if image is not None:
+      unlit = is_unlit(image, mask)
+    return prior_of(variables, mask, group, intensity, unlit)
 
   def condition(variables, mask, group, prior, kept):
     del variables
