@@ -56,7 +56,7 @@ def _small(config):
   config.train.generation_batch = config.train.segmentation_batch = 16
   config.bank.every = 250
   config.bank.masks = "both"
-  config.bank.strength = 0.4
+  config.bank.strength = 0.1  # more would cost the vessels
   config.checkpoint.every = 500
 
 

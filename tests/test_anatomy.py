@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fairdiff_jax.data import phantom
-from fairdiff_jax.synthesis.anatomy import Anatomy, warp
+from fairdiff_jax.data.statistics import UNLIT
+from fairdiff_jax.synthesis.anatomy import Anatomy, beyond_field, warp
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,23 @@ def test_no_place_is_shown_twice(shape):
       image = np.ascontiguousarray(np.broadcast_to(level, shape))
       step = np.diff(warp(image, mask, target).astype(int), axis=axis)
       assert (step < 0).mean() < 0.02  # cubic lookup ripples
+
+
+def test_a_round_field_of_view_stays_round(anatomy):
+  """Whatever is turned and warped, it is lit, and black beyond."""
+  assert not any(beyond_field(image).any() for image in anatomy.image)
+  rows, columns = np.indices((64, 64)) - 31.5
+  beyond = np.hypot(rows, columns) > 33
+  image = np.where(beyond, np.uint8(3), np.maximum(anatomy.image, 20))
+  eyes = anatomy._replace(image=image)
+  np.testing.assert_array_equal(beyond_field(image[0]), beyond)
+  number = np.arange(24)
+  for colour in (image, np.repeat(image[..., None], 3, axis=-1)):
+    eyes = anatomy._replace(image=colour)
+    masks = eyes.draw_masks(0, number)
+    for found in eyes.draw_images(0, number, number % 3, masks):
+      np.testing.assert_array_equal(found[beyond], 0)
+      assert (found[~beyond] <= UNLIT).mean() < 0.002  # cubic lookup ripples
 
 
 def test_structures_side_by_side_and_rings():

@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from scipy import ndimage
 
 from fairdiff_jax.data.audit import signed_distance
+from fairdiff_jax.data.statistics import UNLIT
 
 TURN = 15.0  # degrees that a real case is turned by at most, either way
 GRID = 96  # longer side, in pixels, at which displacements are found
 NEAR = 2.0  # pixels of that grid within which an edge draws its surroundings
 SMOOTH = 1.0  # and the standard deviation that smooths a displacement
 ITERATIONS = 40
+LEAST = 0.02  # share of an image that is beyond its field of view, if any is
 MARGIN = 1.2  # of the foreground's reach, within which all is scaled alike,
 BORDER = 0.8  # but no more than this share of the way to the border
 
@@ -75,7 +78,9 @@ class Anatomy(NamedTuple):
       own = np.flatnonzero(self.group == group[row])
       case = rng.choice(own if len(own) else len(self.group))
       known, image = _turned(rng, self.mask[case], self.image[case])
-      images[row] = warp(image, known, mask[row])
+      images[row] = in_field(
+        warp(image, known, mask[row]), beyond_field(self.image[case])
+      )
     return images
 
 
@@ -154,6 +159,46 @@ def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
   return cv2.remap(
     image, columns, rows, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101
   )
+
+
+def beyond_field(image: np.ndarray) -> np.ndarray:
+  """What of an image lies outside of its field of view: bool [H, W].
+
+  It is unlit and reaches the image's border; less of it than `LEAST` of the
+  image is a shadow, and none.
+
+  Args:
+    image: uint8 [H, W], or RGB [H, W, 3].
+  """
+  unlit = (np.atleast_3d(image).max(-1) <= UNLIT).astype(np.uint8)
+  _, label = cv2.connectedComponents(unlit)
+  border = (label[0], label[-1], label[:, 0], label[:, -1])
+  found = np.isin(label, np.unique(np.concatenate(border))) & (unlit > 0)
+  return found if found.mean() >= LEAST else np.zeros_like(found)
+
+
+def in_field(image: np.ndarray, beyond: np.ndarray) -> np.ndarray:
+  """An image with the field of view of another one.
+
+  What lies beyond is black, and what was beyond the image's own is continued
+  from the nearest pixel that is not.
+
+  Args:
+    image: uint8 [H, W], or RGB [H, W, 3].
+    beyond: as `beyond_field` gives it, bool [H, W].
+  """
+  if not beyond.any():
+    return image
+  edge = np.ones((5, 5), np.uint8)  # where interpolation mixes both
+  own = cv2.dilate(beyond_field(image).astype(np.uint8), edge) > 0
+  if not own.all():
+    nearest = ndimage.distance_transform_edt(
+      own, return_distances=False, return_indices=True
+    )
+    image = image[tuple(nearest)]
+  image = image.copy()
+  image[beyond] = 0
+  return image
 
 
 def _match(source, wanted) -> np.ndarray:
