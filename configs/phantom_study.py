@@ -17,6 +17,7 @@ _GENERATORS = {
   "train.points": (0, GENERATION),
   "train.image": (600, GENERATION),
 }
+_REPEATED = _ALONE | {"fairness.strategy": "repeat_sample"}
 # Generators first, then one bank, then the segmenter.
 _STAGED = _GENERATORS | {
   "train.steps": GENERATION + STEPS,
@@ -52,7 +53,7 @@ _WARPED = {
 REFERENCE, CEILING = "Repeat Sample", "balanced real data"
 _CHANGES = {
   "ERM": _ALONE,
-  REFERENCE: _ALONE | {"fairness.strategy": "repeat_sample"},
+  REFERENCE: _REPEATED,
   "GroupDRO": _ALONE | {"fairness.method": "group_dro"},
   "FEBS": _ALONE | {"fairness.method": "febs"},
   "adversarial": _ALONE | {"fairness.method": "adversarial"},
@@ -60,6 +61,11 @@ _CHANGES = {
   "Equal Scale, published": _STAGED | {"fairness.real_share": 0.0},
   "Equal Scale, half real": _STAGED | {"fairness.real_share": 0.5},
   "joint": _JOINT,
+  # What more patients of the rare groups would be worth.
+  **{
+    f"{REFERENCE}, {added} more": _REPEATED | {"data.phantom.added": added}
+    for added in (9, 27, 81)
+  },
   CEILING: _ALONE | {"data.phantom.train": 900, "data.phantom.balanced": True},
 }
 METHODS = {

@@ -10,6 +10,13 @@ settings are the config's. Without a config it is the study on phantoms, with
 settings chosen on others, which takes hours:
 
   fairdiff study --workdir runs/study
+
+Several starts share the runs, on cores or GPUs of their own; the last one
+compares:
+
+  for gpu in 0 1 2 3; do
+    CUDA_VISIBLE_DEVICES=$gpu fairdiff study --workdir runs/study &
+  done; wait
 """
 
 from absl import flags
@@ -22,15 +29,13 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1)
 METHODS = flags.DEFINE_list(
   "methods",
   None,
-  "With a config; default erm,repeat_sample,group_dro,febs,joint.",
+  "With a config erm,repeat_sample,group_dro,febs,joint, or others; without,"
+  " all of the phantom study, or some by the names of their runs.",
 )
 
 
 def main(_):
   config = cli.config(optional=True)
-  if config is None and METHODS.value:
-    raise ValueError("--methods is for a study of a config: give --config too")
-
   from fairdiff_jax import study
 
   try:
@@ -41,8 +46,8 @@ def main(_):
       page = study.sweep(
         config, WORKDIR.value, methods=methods, seeds=SEEDS.value
       )
-  except study.Stopped as stopped:
-    print(stopped)
+  except (study.Stopped, study.Busy) as left:
+    print(left)
   else:
     print(f"comparison: {page}")
 
@@ -50,10 +55,13 @@ def main(_):
 def _phantoms(study):
   from fairdiff_jax.configs import phantom, phantom_study
 
+  methods = phantom_study.METHODS
+  if METHODS.value:
+    methods = study.pick(methods, METHODS.value)
   return study.run(
     phantom.get_config(),
     WORKDIR.value,
-    methods=phantom_study.METHODS,
+    methods=methods,
     choices=phantom_study.CHOICES,
     shared=phantom_study.SHARED,
     seeds=SEEDS.value,

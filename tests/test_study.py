@@ -180,8 +180,8 @@ def test_a_setting_without_a_score_is_not_chosen(tmp_path, monkeypatch):
   monkeypatch.setattr(study, "_run", lambda config, workdir: workdir)
   monkeypatch.setattr(study, "_score", lambda workdir: next(scores))
   base = phantom.get_config("smoke")
-  chosen = study.choose(base, tmp_path / "new", METHODS, CHOICES)
-  assert chosen == {"worst, tuned": {"fairness.temperature": 0.3}}
+  choice = study.choose(base, tmp_path / "new", METHODS, CHOICES)
+  assert choice.chosen == {"worst, tuned": {"fairness.temperature": 0.3}}
 
 
 def test_a_stopped_study_says_so(tmp_path, monkeypatch):
