@@ -239,7 +239,8 @@ def run(
       break
     if left == before:
       raise Busy(
-        f"other starts are at work on all that is left: {files.some(left)}"
+        "all that is left is another start's, or waits for one:"
+        f" {files.some(left)}"
       )
     before = left  # some may have become free meanwhile
   out = directory / "comparison"
