@@ -97,7 +97,11 @@ def _scores(workdir: Path) -> dict[str, float | None]:
   summary = report.read(workdir)
   try:
     (figures,) = summary["models"].values()
-    return {cls: figure["dice"]["es"] for cls, figure in figures.items()}
+    return {
+      cls: figure["dice"]["es"]
+      for cls, figure in figures.items()
+      if "error" not in figure  # as a ratio of structures has
+    }
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     path = Layout(workdir).report / report.SUMMARY
     raise ValueError(

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tables
 
 from configs import phantom, phantom_study
 from fairdiff_jax import config as configs
 from fairdiff_jax import experiment, files, recipe, study
+from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.training.schedule import active_networks
 
 METHODS = {
@@ -103,6 +105,24 @@ def test_a_study_chooses_runs_shares_and_compares(tmp_path, done, compared):
   count = len(done)
   call(tmp_path)  # everything is there
   assert len(done) == count and len(compared) == 2
+
+
+def test_a_real_report_has_scores(tmp_path):
+  label = np.zeros((6, 16, 16), np.uint8)
+  label[:, 2:14, 2:14] = 1
+  label[:, 5:11, 5:11] = 2
+  group = np.arange(6) % 2
+  found = label.copy()
+  found[group == 1] = np.roll(label[group == 1], 2, axis=2)
+  names = [f"case {i}" for i in range(6)]
+  columns = segmentation.per_case(label, found, names, group, ("a", "b"))
+  summary = report.write(
+    tmp_path / "report", title="a run", models={"Segmenter": columns}
+  )
+  (figures,) = summary["models"].values()
+  assert study._is_complete(tmp_path)
+  es = [figures[cls]["dice"]["es"] for cls in ("cup", "rim")]
+  assert study._score(tmp_path) == pytest.approx(sum(es) / 2) and min(es) > 0
 
 
 HOLD = """
