@@ -262,8 +262,8 @@ def run(
         reference=reference if reference in methods else next(iter(methods)),
         ceiling=ceiling if ceiling in methods else None,
       )
-  except files.InUse as owner:
-    raise Busy(f"another start compares: {owner}") from None
+  except files.InUse:
+    raise Busy("all is complete; another start compares") from None
   return out / "index.html"
 
 
