@@ -34,8 +34,13 @@ quickstart: install
 	$(VENV)/bin/python launch/train.py --config configs/phantom.py \
 	  --workdir runs/quickstart
 
+# Two starts share the runs, each on a core of its own where that can be asked.
 study: install
-	$(VENV)/bin/python launch/study.py --workdir runs/study
+	@pin() { taskset -c $$1 true 2>/dev/null && echo "taskset -c $$1"; }; \
+	start="$(VENV)/bin/python launch/study.py --workdir runs/study"; \
+	$$(pin 0) $$start & one=$$!; $$(pin 1) $$start & two=$$!; \
+	trap "kill $$one $$two" INT TERM; \
+	wait $$one && wait $$two; status=$$?; wait; exit $$status
 
 lint: $(TESTING)
 	$(VENV)/bin/ruff check .

@@ -1,70 +1,95 @@
 """The methods of the phantom study, as changes of `configs/phantom.py`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 PATIENTS = 100  # to train on
 STEPS = 1000  # of every method's segmenter
 GENERATION = 2200  # of the generators'
 
-# Data strategies of a segmenter that learns alone.
-_ALONE = {
-  "train.steps": STEPS,
-  "train.points": (0, 0),
-  "train.image": (0, 0),
-  "train.segmenter": (0, STEPS),
-  "fairness.method": "erm",
-  "fairness.strategy": "none",
-}
-_GENERATORS = {
-  "train.points": (0, GENERATION),
-  "train.image": (600, GENERATION),
-}
-# Generators first, then one bank, then the segmenter.
-_STAGED = _GENERATORS | {
-  "train.steps": GENERATION + STEPS,
-  "train.segmenter": (GENERATION, GENERATION + STEPS),
-  "bank.every": STEPS,
-  "bank.masks": "generated",
-  "bank.strength": 1.0,
-  "checkpoint.every": GENERATION,
-  "fairness.method": "erm",
-  "fairness.strategy": "equal_scale",
-}
-_JOINT = _GENERATORS | {
-  "train.steps": GENERATION,
-  "train.segmenter": (GENERATION - STEPS, GENERATION),
-  "fairness.method": "erm",
-  "fairness.real_share": 0.5,
-}
-# A bank of warped real patients, without what a network learns but the
-# intensities of classes.
-_WARPED = {
-  "train.steps": STEPS,
-  "train.points": (0, 0),
-  "train.image": (0, STEPS),
-  "train.segmenter": (0, STEPS),
-  "bank.masks": "real",
-  "bank.strength": 0.0,
-  "objective.agreement": 0.0,
-  "fairness.method": "erm",
-  "fairness.strategy": "equal_scale",
-  "fairness.real_share": 0.5,
-}
-
 REFERENCE, CEILING = "Repeat Sample", "balanced real data"
-_CHANGES = {
-  "ERM": _ALONE,
-  REFERENCE: _ALONE | {"fairness.strategy": "repeat_sample"},
-  "GroupDRO": _ALONE | {"fairness.method": "group_dro"},
-  "FEBS": _ALONE | {"fairness.method": "febs"},
-  "adversarial": _ALONE | {"fairness.method": "adversarial"},
-  "anatomy warp": _WARPED,
-  "Equal Scale, published": _STAGED | {"fairness.real_share": 0.0},
-  "Equal Scale, half real": _STAGED | {"fairness.real_share": 0.5},
-  "joint": _JOINT,
-  CEILING: _ALONE | {"data.phantom.train": 900, "data.phantom.balanced": True},
-}
-METHODS = {
-  name: {"data.phantom.train": PATIENTS} | changes
-  for name, changes in _CHANGES.items()
+
+
+def methods(steps: int, generation: int) -> dict[str, Mapping[str, Any]]:
+  """The methods by name.
+
+  Args:
+    steps: of every method's segmenter.
+    generation: of the generators.
+  """
+  # Data strategies of a segmenter that learns alone.
+  alone = {
+    "train.steps": steps,
+    "train.points": (0, 0),
+    "train.image": (0, 0),
+    "train.segmenter": (0, steps),
+    "fairness.method": "erm",
+    "fairness.strategy": "none",
+  }
+  repeated = alone | {"fairness.strategy": "repeat_sample"}
+  generators = {
+    "train.points": (0, generation),
+    "train.image": (3 * generation // 11, generation),
+  }
+  # Generators first, then one bank, then the segmenter.
+  staged = generators | {
+    "train.steps": generation + steps,
+    "train.segmenter": (generation, generation + steps),
+    "bank.every": steps,
+    "bank.masks": "generated",
+    "bank.strength": 1.0,
+    "checkpoint.every": generation,
+    "fairness.method": "erm",
+    "fairness.strategy": "equal_scale",
+  }
+  joint = generators | {
+    "train.steps": generation,
+    "train.segmenter": (generation - steps, generation),
+    "fairness.method": "erm",
+    "fairness.real_share": 0.5,
+  }
+  # A bank of warped real patients, without what a network learns but the
+  # intensities of classes.
+  warped = {
+    "train.steps": steps,
+    "train.points": (0, 0),
+    "train.image": (0, steps),
+    "train.segmenter": (0, steps),
+    "bank.masks": "real",
+    "bank.strength": 0.0,
+    "objective.agreement": 0.0,
+    "fairness.method": "erm",
+    "fairness.strategy": "equal_scale",
+    "fairness.real_share": 0.5,
+  }
+  changes = {
+    "ERM": alone,
+    REFERENCE: repeated,
+    "GroupDRO": alone | {"fairness.method": "group_dro"},
+    "FEBS": alone | {"fairness.method": "febs"},
+    "adversarial": alone | {"fairness.method": "adversarial"},
+    "anatomy warp": warped,
+    "Equal Scale, published": staged | {"fairness.real_share": 0.0},
+    "Equal Scale, half real": staged | {"fairness.real_share": 0.5},
+    "joint": joint,
+    # What more patients of the rare groups would be worth.
+    **{
+      f"{REFERENCE}, {added} more": repeated | {"data.phantom.added": added}
+      for added in (9, 27, 81)
+    },
+    CEILING: alone | {"data.phantom.train": 900, "data.phantom.balanced": True},
+  }
+  patients = {"data.phantom.train": PATIENTS}
+  return {name: patients | of for name, of in changes.items()}
+
+
+METHODS = methods(STEPS, GENERATION)
+_FEWER = methods(200, 600)  # steps: a look, in ten minutes
+SMALL = {
+  REFERENCE: _FEWER[REFERENCE],
+  "joint": _FEWER["joint"],
+  "joint, no agreement": _FEWER["joint"] | {"objective.agreement": 0.0},
+  f"{REFERENCE}, 27 more": _FEWER[f"{REFERENCE}, 27 more"],
 }
 # The methods whose generators, up to the step of their only bank, are the
 # same, so that they are trained once.

@@ -94,8 +94,9 @@ def run(
 
   Raises:
     FileNotFoundError: `evaluation.features_weights` names no file.
-    ValueError: the config cannot run, the directory belongs to a run of another
-      config or data, or another process writes to it.
+    files.InUse: another process writes to the directory.
+    ValueError: the config cannot run, or the directory belongs to a run of
+      another config or data.
   """
   configs.check(config, jax.device_count())
   files.require_plain(workdir, "--workdir")

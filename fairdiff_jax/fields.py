@@ -222,6 +222,7 @@ FIELDS: dict[str, Any] = dict(
     phantom=dict(
       train=_whole(100, "training cases, in Harvard-FairSeg's proportions"),
       balanced=_flag(False, "as many of every group instead"),
+      added=_whole(0, "more training cases of every group but the largest", 0),
       test=_whole(150, "test cases of every group"),
       seed=_seed(0, "of the training phantoms"),
       test_seed=_seed(0, "of the test phantoms"),

@@ -37,6 +37,10 @@ _PATTERN = "[]*?{}\\"
 _POINTER = b"version https://git-lfs"
 
 
+class InUse(ValueError):
+  """Another process writes to a directory."""
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
   """Gives an OSError that names no file, such as of a full disk, its path."""
@@ -143,7 +147,7 @@ def owned(directory: str | os.PathLike) -> Iterator[None]:
   has shown no sign of life for `SILENT` seconds, the directory is taken over.
 
   Raises:
-    ValueError: another process owns it.
+    InUse: another process owns it.
   """
   path = Path(directory) / OWNER
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +181,7 @@ def owned(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def _require_gone(path: Path) -> None:
-  """Raises ValueError if a directory's owner may be alive."""
+  """Raises InUse if a directory's owner may be alive."""
   try:
     owner = read_json(path)
     host, process = owner["host"], owner["process"]
@@ -192,7 +196,7 @@ def _require_gone(path: Path) -> None:
   else:
     alive = silent < SILENT
   if alive:
-    raise ValueError(
+    raise InUse(
       f"{path.parent} is in use by process {process} on {host}, as {path} says;"
       " wait for it or stop it, or give another directory"
     )

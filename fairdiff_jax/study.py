@@ -2,7 +2,8 @@
 
 A seed is another draw of initial parameters and of noise, and of phantoms also
 of training patients; the test patients are the same for all. Everything lies
-under one directory, a run each, and what is complete is not done again.
+under one directory, a run each, and what is complete is not done again. Several
+starts of a study share its runs.
 """
 
 import json
@@ -10,7 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -25,6 +26,10 @@ from fairdiff_jax.layout import Layout
 
 class Stopped(Exception):
   """SIGTERM stopped a run, which the same command goes on with."""
+
+
+class Busy(Exception):
+  """Other starts of the study are at work on all that is left of it."""
 
 
 VALIDATION_SEED = 1000  # of training and test phantoms that choose settings
@@ -49,22 +54,37 @@ def configure(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
   return config
 
 
-def _run(config: ConfigDict, workdir: Path, proceed: bool = False) -> Path:
+def _run(config: ConfigDict, workdir: Path, proceed: bool = False) -> bool:
   """Runs an experiment unless it has its report, complete and undamaged.
 
   Args:
     config: what to do.
     workdir: where.
     proceed: whether it may start from the checkpoint of another method.
+
+  Returns:
+    True if it is complete, False if another start is at work on it.
   """
   configs.require(workdir, config)
+  if _is_complete(workdir):
+    return True
+  print(f"study: {workdir}", flush=True)
+  try:
+    if not experiment.run(config, workdir, proceed=proceed):
+      raise Stopped(f"stopped in {workdir}; the same command goes on")
+  except files.InUse:
+    print(f"study: {workdir} is another start's", flush=True)
+    return False
+  return True
+
+
+def _is_complete(workdir: Path) -> bool:
+  """Whether a run has its report, undamaged."""
   try:
     _scores(workdir)
   except (OSError, ValueError):
-    print(f"study: {workdir}", flush=True)
-    if not experiment.run(config, workdir, proceed=proceed):
-      raise Stopped(f"stopped in {workdir}; the same command goes on") from None
-  return workdir
+    return False
+  return True
 
 
 def _scores(workdir: Path) -> dict[str, float | None]:
@@ -77,7 +97,11 @@ def _scores(workdir: Path) -> dict[str, float | None]:
   summary = report.read(workdir)
   try:
     (figures,) = summary["models"].values()
-    return {cls: figure["dice"]["es"] for cls, figure in figures.items()}
+    return {
+      cls: figure["dice"]["es"]
+      for cls, figure in figures.items()
+      if "error" not in figure  # as a ratio of structures has
+    }
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     path = Layout(workdir).report / report.SUMMARY
     raise ValueError(
@@ -93,33 +117,50 @@ def _score(workdir: Path) -> float | None:
   return sum(found) / len(found) if len(found) == len(CHOSEN_BY) else None
 
 
+class Choice(NamedTuple):
+  """Settings that were chosen, as far as other starts are not at work on them.
+
+  Attributes:
+    chosen: name -> {field: value}.
+    scores: name -> value -> score.
+    left: runs that others are at work on.
+  """
+
+  chosen: dict[str, dict[str, float]]
+  scores: dict[str, dict[float, float | None]]
+  left: list[Path]
+
+
 def choose(
   base: ConfigDict,
   directory: Path,
   methods: Mapping[str, Mapping[str, Any]],
   choices: Mapping[str, tuple[str, Sequence[float]]],
-) -> dict[str, dict[str, float]]:
-  """The settings with the best score on validation phantoms, by method.
-
-  They, and every score, are written to `choices.json`.
-  """
+) -> Choice:
+  """The settings with the best score on validation phantoms, by method."""
   seeds = dict.fromkeys(
     ("seed", "data.phantom.seed", "data.phantom.test_seed"), VALIDATION_SEED
   )
-  chosen: dict[str, dict[str, float]] = {}
-  scores: dict[str, dict[float, float | None]] = {}
+  found = Choice({}, {}, [])
   for name, (field, values) in choices.items():
-    scores[name] = {}
-    for value in values:
-      config = configure(base, {**methods[name], **seeds, field: value})
-      workdir = directory / "validation" / _slug(f"{name} {value}")
-      scores[name][value] = _score(_run(config, workdir))
-    known = {v: -math.inf if s is None else s for v, s in scores[name].items()}
-    chosen[name] = {field: max(values, key=known.__getitem__)}
-  text = json.dumps({"chosen": chosen, "scores": scores}, indent=2)
-  directory.mkdir(parents=True, exist_ok=True)
-  files.write(directory / "choices.json", text + "\n")
-  return chosen
+    runs = {
+      value: directory / "validation" / _slug(f"{name} {value}")
+      for value in values
+    }
+    left = [
+      workdir
+      for value, workdir in runs.items()
+      if not _run(
+        configure(base, {**methods[name], **seeds, field: value}), workdir
+      )
+    ]
+    found.left.extend(left)
+    if not left:
+      scores = {value: _score(workdir) for value, workdir in runs.items()}
+      known = {v: -math.inf if s is None else s for v, s in scores.items()}
+      found.scores[name] = scores
+      found.chosen[name] = {field: max(values, key=known.__getitem__)}
+  return found
 
 
 def run(
@@ -135,44 +176,94 @@ def run(
 ) -> Path:
   """Runs a study, or goes on with it.
 
+  Several starts of one study share its runs: each passes by those that another
+  is at work on, and the last one compares.
+
   Args:
     base: the config that methods change.
     directory: of the study.
     methods: name -> changes of the config.
-    choices: name -> (field, values to choose from).
+    choices: name -> (field, values to choose from); they, and every score, are
+      written to `choices.json`.
     shared: name -> (another method, step): up to this step both train alike,
       so that the other's checkpoint is taken over.
     seeds: how many seeds.
-    reference: the method that others are tested against.
+    reference: the method that others are tested against; the first where it is
+      not among the methods.
     ceiling: the method that could not be had in practice; None for none.
+
+  Choices and sharing of what is not among the methods are passed by.
 
   Returns:
     The page that compares the methods.
 
   Raises:
     Stopped: if SIGTERM stopped a run.
+    Busy: if other starts are at work on all that is left.
     ValueError: if a directory holds a run of another config.
   """
   directory = Path(directory)
-  chosen = choose(base, directory, methods, choices) if choices else {}
+  choices = {name: of for name, of in choices.items() if name in methods}
+  runs = {
+    name: [directory / f"{_slug(name)}_{seed}" for seed in range(seeds)]
+    for name in methods
+  }
   drawn = ["seed"]
   if base.data.source == "phantom":
     drawn.append("data.phantom.seed")
-  runs: dict[str, list[Path]] = {name: [] for name in methods}
-  for seed in range(seeds):
-    for name, changes in methods.items():
-      workdir = directory / f"{_slug(name)}_{seed}"
-      if name in shared and not workdir.exists():
-        other, step = shared[name]
-        source = Layout(directory / f"{_slug(other)}_{seed}").checkpoint(step)
-        with files.new_directory(workdir) as temporary:
-          shutil.copytree(source, Layout(temporary).checkpoint(step))
-      changes = {**dict.fromkeys(drawn, seed), **changes}
-      config = configure(base, changes | chosen.get(name, {}))
-      runs[name].append(_run(config, workdir, proceed=name in shared))
+
+  def make(name: str, seed: int, chosen: Mapping[str, Any]) -> bool:
+    """Whether a run is complete now, not another start's or in wait of one."""
+    if name in choices and name not in chosen:
+      return False
+    workdir = runs[name][seed]
+    other, step = shared.get(name, ("", 0))
+    if other in methods and not workdir.exists():
+      source = runs[other][seed]
+      if not _is_complete(source):
+        return False
+      with files.new_directory(workdir) as temporary:
+        shutil.copytree(
+          Layout(source).checkpoint(step), Layout(temporary).checkpoint(step)
+        )
+    changes = {**dict.fromkeys(drawn, seed), **methods[name]}
+    config = configure(base, changes | chosen.get(name, {}))
+    return _run(config, workdir, proceed=name in shared)
+
+  before = None
+  while True:
+    choice = choose(base, directory, methods, choices)
+    left = choice.left + [
+      runs[name][seed]
+      for seed in range(seeds)
+      for name in methods
+      if not make(name, seed, choice.chosen)
+    ]
+    if not left:
+      break
+    if left == before:
+      raise Busy(
+        "all that is left is another start's, or waits for one:"
+        f" {files.some(left)}"
+      )
+    before = left  # some may have become free meanwhile
   out = directory / "comparison"
-  shutil.rmtree(out, ignore_errors=True)
-  compare_runs(runs, out, reference=reference, ceiling=ceiling)
+  try:
+    with files.owned(directory):
+      if choices:
+        text = json.dumps(
+          {"chosen": choice.chosen, "scores": choice.scores}, indent=2
+        )
+        files.write(directory / "choices.json", text + "\n")
+      shutil.rmtree(out, ignore_errors=True)
+      compare_runs(
+        runs,
+        out,
+        reference=reference if reference in methods else next(iter(methods)),
+        ceiling=ceiling if ceiling in methods else None,
+      )
+  except files.InUse:
+    raise Busy("all is complete; another start compares") from None
   return out / "index.html"
 
 
@@ -242,11 +333,24 @@ def sweep(
     choices={},
     shared={},
     seeds=seeds,
-    reference=REPEAT_SAMPLE
-    if REPEAT_SAMPLE in changes
-    else next(iter(changes)),
+    reference=REPEAT_SAMPLE,
     ceiling=None,
   )
+
+
+def pick(methods: Mapping[str, Any], slugs: Sequence[str]) -> dict[str, Any]:
+  """Some of the methods, by what their runs are called without the seed.
+
+  Raises:
+    ValueError: there is no such method.
+  """
+  names = {_slug(name): name for name in methods}
+  unknown = [slug for slug in slugs if slug not in names]
+  if unknown:
+    raise ValueError(
+      f"there is no method {unknown[0]!r}; give some of {', '.join(names)}"
+    )
+  return {names[slug]: methods[names[slug]] for slug in slugs}
 
 
 def _slug(name: str) -> str:

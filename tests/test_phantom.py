@@ -239,6 +239,29 @@ def test_balanced_training_cases(tmp_path):
     phantom.write(tmp_path / "b", train=10, test=0, balanced=True)
 
 
+def test_added_patients_change_no_others(written, tmp_path):
+  """They come last, of the groups that are smaller than the largest."""
+  phantom.write(tmp_path, train=20, test=3, added=4, seed=6, progress=False)
+  before = sorted(written.glob("*.npz"))
+  for file in before:
+    assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+  text = (tmp_path / "data_summary.csv").read_text()
+  old = (written / "data_summary.csv").read_text()
+  assert text.startswith(old)
+  new = list(csv.reader(text[len(old) :].splitlines()))
+  assert [(row[0], row[3], row[-1]) for row in new] == [
+    (f"data_{i:05d}.npz", race, "training")
+    for i, race in enumerate(["asian"] * 4 + ["black"] * 4, len(before) + 1)
+  ]
+
+
+def test_to_equal_groups_nothing_is_added(tmp_path):
+  phantom.write(
+    tmp_path, train=3, test=0, balanced=True, added=2, progress=False
+  )
+  assert len(list(tmp_path.glob("*.npz"))) == 3
+
+
 def test_a_directory_in_use_is_refused(tmp_path):
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(FileExistsError, match=f"{tmp_path}.*new directory"):
@@ -249,3 +272,5 @@ def test_a_directory_in_use_is_refused(tmp_path):
 def test_negative_counts_are_refused(tmp_path):
   with pytest.raises(ValueError, match="at least 0"):
     phantom.write(tmp_path, train=1, test=-1, progress=False)
+  with pytest.raises(ValueError, match="at least 0, not -2"):
+    phantom.write(tmp_path, train=1, test=1, added=-2, progress=False)

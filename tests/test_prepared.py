@@ -36,6 +36,7 @@ def data_config(**changes):
         "seed": 0,
         "test_seed": 0,
         "balanced": False,
+        "added": 0,
       },
     }
   )
@@ -127,10 +128,13 @@ def test_other_phantoms_are_refused(tmp_path):
   config = data_config(source="phantom", size=(32, 32), num_points=32)
   prepare.prepare(config, tmp_path)
   prepare.require_prepared(config, tmp_path)
-  for field in ("train", "test", "seed", "test_seed", "balanced"):
+  # As before there was `added`.
+  made = "phantom, balanced False, seed 0, test 1, test_seed 0, train 9"
+  assert storage.require(tmp_path).settings["source"] == made
+  for field in ("train", "test", "seed", "test_seed", "balanced", "added"):
     other = config.copy_and_resolve_references()
     other.phantom[field] = type(other.phantom[field])(12)
-    with pytest.raises(ValueError, match=f"source phantom.* {field} .*phantom"):
+    with pytest.raises(ValueError, match=f"source phantom.* {field} 12"):
       prepare.require_prepared(other, tmp_path)
   other = data_config(source="/gone", size=(32, 32), num_points=32)
   with pytest.raises(ValueError, match=r"but data\.source is /gone"):

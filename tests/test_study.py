@@ -1,13 +1,19 @@
 """A study's bookkeeping, with runs that only write what a run leaves."""
 
+import contextlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tables
 
 from configs import phantom, phantom_study
 from fairdiff_jax import config as configs
-from fairdiff_jax import experiment, recipe, study
+from fairdiff_jax import experiment, files, recipe, study
+from fairdiff_jax.evaluation import report, segmentation
 from fairdiff_jax.training.schedule import active_networks
 
 METHODS = {
@@ -18,6 +24,16 @@ METHODS = {
 }
 CHOICES = {"worst, tuned": ("fairness.temperature", (0.1, 0.2, 0.3))}
 SHARED = {"staged, shared": ("staged", 7)}
+ROOT = Path(__file__).parents[1]
+
+
+def complete(workdir, figure):
+  figures = {cls: {"dice": {"es": figure}} for cls in ("cup", "rim")}
+  (workdir / "report").mkdir(parents=True, exist_ok=True)
+  (workdir / "report" / "summary.json").write_text(
+    json.dumps({"definitions": {}, "models": {"model": figures}})
+  )
+  (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture
@@ -26,19 +42,14 @@ def done(monkeypatch):
   done = []
 
   def run(config, workdir, *, proceed):
-    done.append((workdir.name, config))
     # Only what takes another's checkpoint over may go on from it.
     taken = {
       f"{study._slug(name)}_{seed}" for name in SHARED for seed in (0, 1)
     }
     assert proceed == (workdir.name in taken)
-    figure = 1 - abs(config.fairness.temperature - 0.2)
-    figures = {cls: {"dice": {"es": figure}} for cls in ("cup", "rim")}
-    (workdir / "report").mkdir(parents=True, exist_ok=True)
-    (workdir / "report" / "summary.json").write_text(
-      json.dumps({"definitions": {}, "models": {"model": figures}})
-    )
-    (workdir / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
+    with files.owned(workdir):
+      done.append((workdir.name, config))
+      complete(workdir, 1 - abs(config.fairness.temperature - 0.2))
     return True
 
   monkeypatch.setattr(experiment, "run", run)
@@ -57,11 +68,11 @@ def compared(monkeypatch):
   return calls
 
 
-def call(directory):
+def call(directory, methods=METHODS):
   return study.run(
     phantom.get_config("smoke"),
     directory,
-    methods=METHODS,
+    methods=methods,
     choices=CHOICES,
     shared=SHARED,
     seeds=2,
@@ -94,6 +105,100 @@ def test_a_study_chooses_runs_shares_and_compares(tmp_path, done, compared):
   count = len(done)
   call(tmp_path)  # everything is there
   assert len(done) == count and len(compared) == 2
+
+
+def test_a_real_report_has_scores(tmp_path):
+  label = np.zeros((6, 16, 16), np.uint8)
+  label[:, 2:14, 2:14] = 1
+  label[:, 5:11, 5:11] = 2
+  group = np.arange(6) % 2
+  found = label.copy()
+  found[group == 1] = np.roll(label[group == 1], 2, axis=2)
+  names = [f"case {i}" for i in range(6)]
+  columns = segmentation.per_case(label, found, names, group, ("a", "b"))
+  summary = report.write(
+    tmp_path / "report", title="a run", models={"Segmenter": columns}
+  )
+  (figures,) = summary["models"].values()
+  assert study._is_complete(tmp_path)
+  es = [figures[cls]["dice"]["es"] for cls in ("cup", "rim")]
+  assert study._score(tmp_path) == pytest.approx(sum(es) / 2) and min(es) > 0
+
+
+HOLD = """
+import contextlib, sys
+from fairdiff_jax import files
+with contextlib.ExitStack() as stack:
+  for directory in sys.argv[1:]:
+    stack.enter_context(files.owned(directory))
+  print("held", flush=True)
+  sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def another_start(*directories):
+  """Another process that is at work in the directories."""
+  command = [sys.executable, "-c", HOLD, *map(str, directories)]
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    assert process.stdout.readline() == b"held\n"
+    yield
+    process.stdin.close()
+
+
+def test_starts_share_the_runs(tmp_path, done, compared):
+  """What another is at work on is passed by, and what needs it waits."""
+  held = ("validation/worst_tuned_0.2", "staged_0", "erm_1")
+  with another_start(*(tmp_path / name for name in held)):
+    with pytest.raises(study.Busy, match="waits for one: .*staged_0, "):
+      call(tmp_path)
+    assert [name for name, _ in done] == [
+      *("worst_tuned_0.1", "worst_tuned_0.3"),
+      *("erm_0", "staged_1", "staged_shared_1"),
+    ]
+    assert not compared and not (tmp_path / "choices.json").exists()
+    complete(tmp_path / held[0], 1.0)  # the others' work
+    complete(tmp_path / held[1], 1.0)
+  call(tmp_path)
+  assert [name for name, _ in done[5:]] == [
+    *("worst_tuned_0", "staged_shared_0", "erm_1", "worst_tuned_1")
+  ]
+  assert len(compared) == 1
+
+
+def test_what_becomes_free_meanwhile_is_done(tmp_path, monkeypatch, compared):
+  """By the one who has passed it by: the other may have ended for good."""
+  made = []
+
+  def run(config, workdir, *, proceed):
+    if workdir.name == "staged_0" and "erm_1" not in made:
+      raise files.InUse("another's, for a while")
+    made.append(workdir.name)
+    complete(workdir, 1.0)
+    return True
+
+  monkeypatch.setattr(experiment, "run", run)
+  call(tmp_path)
+  assert made[-2:] == ["staged_0", "staged_shared_0"] and len(compared) == 1
+
+
+def test_one_start_compares(tmp_path, done, compared):
+  with another_start(tmp_path), pytest.raises(study.Busy, match="compares"):
+    call(tmp_path)
+  assert not compared
+
+
+def test_some_methods_of_a_study_are_picked(tmp_path, done, compared):
+  methods = study.pick(METHODS, ["staged_shared", "erm"])
+  assert methods == {name: METHODS[name] for name in ("staged, shared", "ERM")}
+  with pytest.raises(ValueError, match="'dro'; give some of erm, worst_tuned"):
+    study.pick(METHODS, ["erm", "dro"])
+  call(tmp_path, methods)
+  assert not (tmp_path / "choices.json").exists()
+  (runs, reference, ceiling) = compared[0]
+  assert [*runs] == [*methods] and (reference, ceiling) == ("ERM", None)
+  assert len(done) == 4
 
 
 @pytest.mark.parametrize(
@@ -180,8 +285,8 @@ def test_a_setting_without_a_score_is_not_chosen(tmp_path, monkeypatch):
   monkeypatch.setattr(study, "_run", lambda config, workdir: workdir)
   monkeypatch.setattr(study, "_score", lambda workdir: next(scores))
   base = phantom.get_config("smoke")
-  chosen = study.choose(base, tmp_path / "new", METHODS, CHOICES)
-  assert chosen == {"worst, tuned": {"fairness.temperature": 0.3}}
+  choice = study.choose(base, tmp_path / "new", METHODS, CHOICES)
+  assert choice.chosen == {"worst, tuned": {"fairness.temperature": 0.3}}
 
 
 def test_a_stopped_study_says_so(tmp_path, monkeypatch):
@@ -190,14 +295,22 @@ def test_a_stopped_study_says_so(tmp_path, monkeypatch):
     call(tmp_path)
 
 
-def test_the_phantom_study_s_methods_fit_the_config():
-  for name, changes in phantom_study.METHODS.items():
+@pytest.mark.parametrize("small", [False, True])
+def test_the_phantom_study_s_methods_fit_the_config(small):
+  methods = phantom_study.SMALL if small else phantom_study.METHODS
+  steps = set()
+  for name, changes in methods.items():
     config = study.configure(phantom.get_config(), changes)
+    configs.check(config)
     segmenter = config.train.segmenter
-    assert segmenter[1] - segmenter[0] == phantom_study.STEPS
+    steps.add(segmenter[1] - segmenter[0])
     assert "segmenter" in active_networks(config, config.train.steps - 1)
     for field, _ in filter(None, [phantom_study.CHOICES.get(name)]):
       assert study.configure(config, {field: 1.0})
+  assert len(steps) == 1 and phantom_study.REFERENCE in methods
+
+
+def test_the_phantom_study_shares_what_is_the_same():
   for name, (other, step) in phantom_study.SHARED.items():
     first, second = phantom_study.METHODS[name], phantom_study.METHODS[other]
     differing = {k for k in first if first[k] != second.get(k)}

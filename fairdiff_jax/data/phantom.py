@@ -269,17 +269,19 @@ def write(
   test: int,
   shape: tuple[int, int] = (64, 64),
   balanced: bool = False,
+  added: int = 0,
   seed: int = 0,
   test_seed: int = 0,
   progress: bool = True,
 ) -> None:
   """Writes made-up patients as files of Harvard-FairSeg's current release.
 
-  `data_00001.npz` and on, test cases first and groups in order, with keys
-  `slo_fundus` [H, W] uint8, `disc_cup_mask` [H, W] float64 (0 background, -1
-  rim, -2 cup) and attributes as 0-d int64 (age in years), then
+  `data_00001.npz` and on, test cases first, added ones last and groups in
+  order, with keys `slo_fundus` [H, W] uint8, `disc_cup_mask` [H, W] float64 (0
+  background, -1 rim, -2 cup) and attributes as 0-d int64 (age in years), then
   `data_summary.csv`. Case i is drawn from `default_rng([seed, i])`, so that
-  test cases are the same whatever the training cases.
+  test cases are the same whatever the training cases, and those whatever is
+  added.
 
   Args:
     directory: where to write; created if missing, must be empty.
@@ -288,6 +290,8 @@ def write(
     shape: (H, W) of the images.
     balanced: whether training cases are split over race equally, or by
       `group_counts`.
+    added: so many more training cases of each group that has fewer than the
+      largest.
     seed: of the training cases, at least 0.
     test_seed: of the test cases, at least 0.
     progress: whether to show a progress bar.
@@ -298,16 +302,24 @@ def write(
   """
   directory = pathlib.Path(directory)
   number = len(ATTRIBUTES["race"])
-  if test < 0:
-    raise ValueError(f"the number of cases must be at least 0, not {test}")
+  if min(test, added) < 0:
+    raise ValueError(
+      f"the number of cases must be at least 0, not {min(test, added)}"
+    )
   if balanced and train % number:
     raise ValueError(
       f"{train} training cases cannot be split equally over {number} groups"
     )
   training = [train // number] * number if balanced else group_counts(train)
+  more = [added * (count < max(training)) for count in training]
+  parts = (
+    ("test", [test] * number),
+    ("training", training),
+    ("training", more),
+  )
   cases = [
     (group, use)
-    for use, counts in (("test", [test] * number), ("training", training))
+    for use, counts in parts
     for group, count in enumerate(counts)
     for _ in range(count)
   ]

@@ -150,7 +150,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
     )
     groups.recorded(config.attribute, source.vocabulary)
     return _write(source, directory, settings, config.attribute)
-  size, made = tuple(config.size), config.phantom.to_dict()
+  size, made = tuple(config.size), _made_up(config)
   name = "-".join(
     ("phantom", *(f"{k}_{v}" for k, v in made.items()), *map(str, size))
   )
@@ -234,13 +234,23 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
     )
 
 
+def _made_up(config: Any) -> dict[str, Any]:
+  """The arguments of `phantom.write`.
+
+  `added` is among them only if something is: data that were prepared before
+  there was such a field are still what is asked for.
+  """
+  made = config.phantom.to_dict()
+  return {k: v for k, v in made.items() if k != "added" or v}
+
+
 def _settings_of(config: Any) -> dict[str, Any]:
   """The settings that a `config.data` asks for."""
   if domains.is_table(config.source):
     return _table_settings(config)
   made = None
   if config.source == "phantom":
-    made = [f"{k} {plain(v)}" for k, v in config.phantom.to_dict().items()]
+    made = [f"{k} {plain(v)}" for k, v in _made_up(config).items()]
   return _settings(
     _MADE_UP + ", ".join(made) if made else config.source,
     Path(config.source) if config.source and not made else None,
