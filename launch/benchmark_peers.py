@@ -14,7 +14,7 @@ A step is forward pass, loss, backward pass and optimiser; those of segmenters
 also average the parameters, which their peers' do not.
 
   point       the flow VAE of FairDiff; a step on 48 clouds of 512 points, and
-              4 clouds drawn in `points.sample_steps`, the peer's in 100
+              as many drawn in `points.sample_steps`, the peer's in 100
   controlnet  U-Net and ControlNet of 64, 128 and 256 channels (27,149,652
               parameters) on 2 latents of 32 x 32, against diffusers
   transunet, samed
@@ -54,7 +54,7 @@ NEEDED = {
   "segment_anything": "segment-anything",
 }
 PAUSE = 0.3  # seconds in which the threads of one side fall asleep
-CLOUDS, DRAWN = 48, 4
+CLOUDS = 48
 CONTROLNET = {
   "block_out_channels": (64, 128, 256),
   "layers_per_block": 2,
@@ -156,14 +156,14 @@ def point(directory):
   state = jax.tree.map(jax.numpy.array, state)
   whole = Variables(params, batch_stats, frozen)
   draw = jax.jit(task.sample)
-  keys = example_keys(jax.random.key(1), np.arange(DRAWN))
+  keys = example_keys(jax.random.key(1), index)
 
   def step():
     nonlocal state
     state = jax.block_until_ready(update(state, batch))
 
   def sample():
-    jax.block_until_ready(draw(whole, batch["group"][:DRAWN], keys))
+    jax.block_until_ready(draw(whole, batch["group"], keys))
 
   their_optimizer = torch.optim.Adam(peer.learnt, lr=rate)
 
@@ -174,7 +174,7 @@ def point(directory):
     their_optimizer.step()
 
   def their_sample():
-    peer.sample(DRAWN, config.data.num_points)
+    peer.sample(CLOUDS, config.data.num_points)
 
   return {"step": (step, their_step), "sampling": (sample, their_sample)}
 
@@ -485,8 +485,10 @@ def main(_):
       raise ImportError(f"this command needs {package}: pip install {package}")
   cores = sorted(os.sched_getaffinity(0))[-CORES.value :]
   os.sched_setaffinity(0, cores)  # before JAX and PyTorch count them
+  import peers
   import torch
 
+  peers.mend_torchvision()
   torch.set_num_threads(len(cores))
   prepare = {"point": point, "controlnet": controlnet}
   found = {}

@@ -6,6 +6,7 @@ fields that --config.FIELD=VALUE changes, checked whole. Scripts import what is
 slow to import in `main`, so that what is wrong with a command is said at once.
 """
 
+import gc
 import os
 import sys
 import traceback
@@ -66,6 +67,9 @@ def run(
       logging.set_verbosity(logging.WARNING)  # the libraries' INFO is long
     if flags.FLAGS["compilation_cache"].value:
       keep_compiled()
+    # A tenth of a start is to look for garbage in what is there to stay: what
+    # is imported, and programs that are traced.
+    gc.set_threshold(50_000)
     try:
       status = main(argv[1:])
       cluster.leave()

@@ -1,5 +1,6 @@
 """Noise schedules, the forward process and samplers, against float64."""
 
+import functools
 import itertools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairdiff_jax.config import defaults
 from fairdiff_jax.diffusion.process import add_noise, target, to_x0_and_eps
 from fairdiff_jax.diffusion.samplers import (
   example_keys,
@@ -269,3 +271,51 @@ def test_unknown_solver():
       num_steps=2,
       solver="heun",
     )
+
+
+def test_clouds_of_the_steps_taken_are_as_good_as_those_of_all():
+  """Points of two contours, by the denoiser that a network would learn."""
+  config = defaults().points
+  schedule = make_schedule(
+    "linear", config.num_steps, config.beta_start, config.beta_end
+  )
+  angle = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+  ring = np.stack([np.cos(angle), np.sin(angle)], -1)
+  rims = [np.insert(r * ring, 2, z, 1) for r, z in ((1.7, 1), (1, -1))]
+  contour = np.concatenate(rims).astype(np.float32)
+
+  def denoise(x, t):
+    signal = jnp.asarray(schedule.alpha_bar)[t][:, None, None]
+    to = jnp.sqrt(signal) * contour
+    square = jnp.sum((x[:, :, None] - to[:, None]) ** 2, -1)
+    weights = jax.nn.softmax(-square / (2 * (1 - signal)), -1)
+    return (x - weights @ to) / jnp.sqrt(1 - signal)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def clouds(num_steps):
+    start, steps = (
+      example_keys(jax.random.key(i), np.arange(8)) for i in (0, 1)
+    )
+    return sample(
+      denoise,
+      example_normal(start, (128, 3)),
+      steps,
+      schedule=schedule,
+      prediction="eps",
+      num_steps=num_steps,
+    )
+
+  def missed(found):
+    """Distance of a contour's point to the next of a cloud, on average."""
+    between = np.linalg.norm(found[:, :, None] - contour, axis=-1)
+    return between.min(1).mean()
+
+  taken, whole = map(clouds, (config.sample_steps, config.num_steps))
+  assert config.sample_steps * 5 <= config.num_steps
+  assert missed(taken) < 1.15 * missed(whole)
+  for found in (taken, whole):
+    assert np.mean(found[..., 2] > 0) == pytest.approx(0.5, abs=0.05)
+    for radius, z in ((1.7, 1), (1, -1)):
+      drawn = np.linalg.norm(found[..., :2][found[..., 2] * z > 0], axis=-1)
+      assert drawn.mean() == pytest.approx(radius, rel=3e-3)
+      assert drawn.std() < 3e-3

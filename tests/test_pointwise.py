@@ -1,14 +1,17 @@
-"""Layers over channels are flax's, and so are their gradients."""
+"""Layers are flax's, and so are their gradients."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fairdiff_jax.models import pointwise
+from fairdiff_jax.models.convolution import Conv, conv_general_dilated
 from fairdiff_jax.models.point_cloud import Dense, GatedDense
 from fairdiff_jax.models.transunet import StandardizedConv
+from fairdiff_jax.training.mesh import BATCH, make_mesh
 
 
 def _normal(*shape, seed=0):
@@ -84,6 +87,22 @@ LAYERS = {
     PlainStandardizedConv(4, 2),
     [(2, 5, 4, 5)],
   ),
+  # Wide enough for several turns of rows.
+  "3 x 3, to fewer channels": (
+    Conv(2, (3, 3)),
+    nn.Conv(2, (3, 3)),
+    [(2, 40, 32, 3)],
+  ),
+  "3 x 3, to more channels": (
+    Conv(4, (3, 3)),
+    nn.Conv(4, (3, 3)),
+    [(2, 40, 32, 3)],
+  ),
+  "5 x 3, strided": (
+    Conv(2, (5, 3), strides=(2, 3), padding=((2, 1), (0, 1))),
+    nn.Conv(2, (5, 3), strides=(2, 3), padding=((2, 1), (0, 1))),
+    [(8, 80, 33, 3)],
+  ),
   "gated": (GatedDense(4), PlainGatedDense(4), [(3, 6, 5), (3, 1, 7)]),
 }
 
@@ -131,6 +150,31 @@ def test_the_gradient_has_the_form_that_the_platform_is_fast_at():
     return "tensor<24x5xf32>" in text
 
   assert rows("cpu") and not rows("tpu")
+
+
+def test_devices_add_up_a_kernel_s_gradient_once():
+  x, kernel = _normal(8, 64, 32, 3), _normal(3, 3, 3, 2)
+
+  def total(kernel, x):
+    y = conv_general_dilated(x, kernel, (1, 1), "SAME")
+    return jnp.sum(jnp.sin(y))
+
+  mesh = make_mesh(1, jax.devices())
+  spread = NamedSharding(mesh, BATCH)
+  whole = NamedSharding(mesh, PartitionSpec())
+  gradient = jax.jit(
+    jax.grad(total), in_shardings=(whole, spread), out_shardings=whole
+  )
+  with jax.set_mesh(mesh):
+    program = gradient.lower(kernel, x).compile()
+  text = program.as_text()
+  assert " while(" in text and text.count(" all-reduce(") == 1
+  np.testing.assert_allclose(
+    program(kernel, jax.device_put(x, spread)),
+    jax.jit(jax.grad(total))(kernel, x),
+    rtol=1e-4,
+    atol=1e-3,
+  )
 
 
 def test_half_precision_keeps_the_types():

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from fairdiff_jax.models.attention import attend
 
 SPLASH_BLOCK = 1024  # tokens at a time of the TPU's attention
+WEIGHTS = 2**18  # of a CPU's attention at a time
 
 
 def attention_implementation(head_size: int, dtype: Any) -> str:
@@ -83,14 +84,27 @@ def _splash_fits(query, key) -> bool:
 
 
 def _attention_by_heads(query, key, value):
-  """One head after the other, whose weights stay in a CPU's cache.
+  """Some queries of one head at a time, whose weights stay in a CPU's cache.
 
   The backward pass computes the weights again: that is cheaper than to fetch
   them from memory.
   """
-  heads = [jnp.moveaxis(x, 2, 0)[:, :, None] for x in (query, key, value)]
-  y = jax.lax.map(lambda head: jax.checkpoint(attend)(*head), heads)
-  return jnp.moveaxis(y[:, :, 0], 0, 2)
+  batch, tokens, _, head_size = query.shape
+  most = max(WEIGHTS // (batch * key.shape[1]), 1)
+  number = max(n for n in range(1, tokens + 1) if not tokens % n and n <= most)
+
+  def attend_head(head):
+    query, key, value = (x[:, None] for x in head)
+
+    def attend_some(some):
+      return jax.checkpoint(attend)(some, key, value)
+
+    blocks = query.reshape(batch, 1, -1, number, head_size)
+    y = jax.lax.map(attend_some, jnp.moveaxis(blocks, 2, 0))
+    return jnp.moveaxis(y, 0, 2).reshape(batch, tokens, -1)
+
+  heads = [jnp.moveaxis(x, 2, 0) for x in (query, key, value)]
+  return jnp.moveaxis(jax.lax.map(attend_head, heads), 0, 2)
 
 
 def fused_attention(
@@ -99,8 +113,8 @@ def fused_attention(
   """Attention of [B, N, H, D] to [B, M, H, D], fused where a kernel fits.
 
   On GPUs by cuDNN, on TPUs by a Pallas kernel, each chosen by the layer's size
-  when the program is lowered for a platform; on CPUs head by head; otherwise
-  the compiler's own.
+  when the program is lowered for a platform; on CPUs some queries of a
+  head at a time; otherwise the compiler's own.
   """
   plain = partial(jax.nn.dot_product_attention, implementation="xla")
   kernels = {"cpu": _attention_by_heads}

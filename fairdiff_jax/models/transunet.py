@@ -25,6 +25,7 @@ import numpy as np
 
 from fairdiff_jax.models.attention import attend
 from fairdiff_jax.models.batch_norm import BatchNorm
+from fairdiff_jax.models.convolution import Conv
 from fairdiff_jax.models.pointwise import (
   Dense,
   DenseGeneral,
@@ -251,7 +252,7 @@ class ConvNormReLU(nn.Module):
 
   @nn.compact
   def __call__(self, x, weight, train):
-    x = nn.Conv(
+    x = Conv(
       self.features, (3, 3), use_bias=False, dtype=self.dtype, name="conv"
     )(x)
     return nn.relu(BatchNorm(self.axis_name, name="norm")(x, weight, train))
@@ -302,7 +303,7 @@ class Decoder(nn.Module):
         features, self.axis_name, self.dtype, name=f"block_{i}"
       )
       x = block(x, skip, weight, train)
-    head = nn.Conv(self.num_classes, (3, 3), dtype=self.dtype, name="conv_out")
+    head = Conv(self.num_classes, (3, 3), dtype=self.dtype, name="conv_out")
     return head(x)
 
 

@@ -100,7 +100,8 @@ def _build(config):
   optimizer = make_optimizer(config.optimizer, num_updates)
   key = jax.random.key(config.seed)
   init = partial(init_state, key, objective=objective, optimizer=optimizer)
-  return objective, optimizer, init
+  # Traced once, to describe the state and to compute it.
+  return objective, optimizer, jax.jit(init)
 
 
 def _num_updates(config) -> dict[str, int]:

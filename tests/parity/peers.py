@@ -19,6 +19,29 @@ RESNET = f"{EMBEDDINGS}.hybrid_model"
 
 
 @functools.cache
+def mend_torchvision():
+  """Lets torchvision be imported beside a PyTorch that it was not built for.
+
+  As beside PyTorch for the CPU alone: its compiled operators do not load, and
+  two that are missing then end its import. The peers need none of them.
+
+  Returns:
+    what must be kept as long as they are missed; it is.
+  """
+  import torch
+
+  try:
+    import torchvision  # noqa: F401
+  except RuntimeError:
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+      operators.define(
+        f"{name}(Tensor dets, Tensor scores, float at) -> Tensor"
+      )
+    return operators
+
+
+@functools.cache
 def sam_package():
   """`segment_anything.modeling`, whose networks do without torchvision."""
   stubs = {
