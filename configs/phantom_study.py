@@ -84,7 +84,7 @@ def methods(steps: int, generation: int) -> dict[str, Mapping[str, Any]]:
 
 
 METHODS = methods(STEPS, GENERATION)
-_FEWER = methods(200, 600)  # steps: a look, in ten minutes
+_FEWER = methods(200, 600)  # steps, for a look
 SMALL = {
   REFERENCE: _FEWER[REFERENCE],
   "joint": _FEWER["joint"],
