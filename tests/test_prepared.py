@@ -133,8 +133,9 @@ def test_other_phantoms_are_refused(tmp_path):
   assert storage.require(tmp_path).settings["source"] == made
   for field in ("train", "test", "seed", "test_seed", "balanced", "added"):
     other = config.copy_and_resolve_references()
-    other.phantom[field] = type(other.phantom[field])(12)
-    with pytest.raises(ValueError, match=f"source phantom.* {field} 12"):
+    value = other.phantom[field] = type(other.phantom[field])(12)
+    asked = f"source phantom.*source is phantom.* {field} {value}"
+    with pytest.raises(ValueError, match=asked):
       prepare.require_prepared(other, tmp_path)
   other = data_config(source="/gone", size=(32, 32), num_points=32)
   with pytest.raises(ValueError, match=r"but data\.source is /gone"):
