@@ -380,7 +380,7 @@ def test_weights_are_those_of_the_directory(variables, tmp_path):
   config = tiny_config(**{"image.weights": str(tmp_path)})
   prompts = variables.frozen["prompts"]
   file = tmp_path / stable_diffusion.PROMPTS
-  with pytest.raises(FileNotFoundError, match=f"{file} does not exist; pyth"):
+  with pytest.raises(FileNotFoundError, match=f"{file} does not exist; fair"):
     image_task(config.image, GROUPS).load()
   safetensors.numpy.save_file(
     {**prompts, "positive": prompts["positive"][:1]}, file
