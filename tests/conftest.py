@@ -2,8 +2,7 @@
 
 Tests compile far longer than they run. So code is not optimised, but for
 `trained_run`, which is trained as users train; and what one test process has
-compiled the others read. Child processes inherit this; of devices the last
-number counts.
+compiled the others read. Child processes inherit this.
 
 Eight devices share few cores: one program at a time runs on them, and a device
 that is late for a collective is waited for longer than the 40 s after which XLA
@@ -19,16 +18,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import simulated
 
 ROOT = Path(__file__).parents[1]
-DEVICES = "--xla_force_host_platform_device_count="
 
 # JAX reads these once, when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
-    f"{DEVICES}8",
+    f"{simulated.DEVICES}8",
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_llvm_disable_expensive_passes=true",
@@ -68,8 +67,9 @@ def pytest_collection_modifyitems(items):
 def command(tmp_path_factory):
   """Calls `fairdiff` of what is installed, in a folder, as users do."""
   site = _once(tmp_path_factory, "site", _install)
+  quick = simulated.flags(1)
 
-  def call(folder, *arguments, flags=f"{os.environ['XLA_FLAGS']} {DEVICES}1"):
+  def call(folder, *arguments, flags=quick):
     start = "from fairdiff_jax.launch.command import main; main()"
     return subprocess.run(
       [sys.executable, "-c", start, *map(str, arguments)],

@@ -63,7 +63,6 @@ def test_a_round_field_of_view_stays_round(anatomy):
   rows, columns = np.indices((64, 64)) - 31.5
   beyond = np.hypot(rows, columns) > 33
   image = np.where(beyond, np.uint8(3), np.maximum(anatomy.image, 20))
-  eyes = anatomy._replace(image=image)
   np.testing.assert_array_equal(beyond_field(image[0]), beyond)
   number = np.arange(24)
   for colour in (image, np.repeat(image[..., None], 3, axis=-1)):

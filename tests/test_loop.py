@@ -342,7 +342,9 @@ def test_it_is_told_where_the_time_went(tmp_path, world, capsys):
   spent = [line["seconds"] for line in (first, second)]
   of_steps = sum(line["step"] + line["data"] for line in spent)
   assert sum(seconds.values()) <= of_steps + 0.01
-  assert len(re.findall(r"of \d+ s: ", capsys.readouterr().err)) == 2
+  said = capsys.readouterr().err
+  assert len(re.findall(r"of \d+ s: ", said)) == 2
+  assert re.search(r"of \d s: .*steps \d+%", said)
 
 
 @pytest.mark.parametrize("stopped", [1, 5])  # in the first refill, the second

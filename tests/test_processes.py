@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import simulated
 
 from fairdiff_jax.config import load
 from fairdiff_jax.training.checkpoint import Checkpoints, join
@@ -21,7 +22,6 @@ from fairdiff_jax.training.mesh import to_host
 from fairdiff_jax.training.setup import setup
 
 ROOT = Path(__file__).parents[1]
-DEVICES = "--xla_force_host_platform_device_count="
 TIMEOUT = 600  # seconds; a cluster that hangs fails the test
 TOLERANCE = 1e-5
 # One phase, three refills, checkpoints between; what is left is small.
@@ -71,7 +71,7 @@ def start(workdir, processes=1, devices=2, **overrides):
     | {
       "PYTHON": sys.executable,
       "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}{devices}",
+      "XLA_FLAGS": simulated.flags(devices),
     },
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -199,7 +199,7 @@ def test_methods_of_two_processes_equal_one(tmp_path):
     address = f"localhost:{free.getsockname()[1]}"
   environment = os.environ | {
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}4",
+    "XLA_FLAGS": simulated.flags(4),
   }
   processes = [
     subprocess.Popen(

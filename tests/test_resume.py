@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+import simulated
 
 ROOT = Path(__file__).parents[1]
-DEVICES = "--xla_force_host_platform_device_count="
 
 OVERRIDES = {
   "baseline": False,
@@ -109,7 +109,7 @@ def environment():
   """One device."""
   return os.environ | {
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {DEVICES}1",
+    "XLA_FLAGS": simulated.flags(1),
   }
 
 

@@ -20,6 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fairdiff_jax.models.platforms import (
+  at_a_time,
+  devices_in_context,
+  with_kernel_gradient,
+)
+
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 POSITIONS = 1024  # at a time, whose columns stay in a cache
 
@@ -57,32 +63,10 @@ def conv_general_dilated(
     **options,
   )
 
-  @jax.custom_vjp
-  def convolution(x, kernel):
-    return convolve(x, kernel)
-
-  def forward(x, kernel):
-    return convolve(x, kernel), (x, kernel)
-
-  def backward(residuals, gradient):
-    x, kernel = residuals
-
-    def plain(x, gradient):
-      _, transpose = jax.vjp(lambda kernel: convolve(x, kernel), kernel)
-      return transpose(gradient)[0]
-
-    def by_rows(x, gradient):
-      sizes = kernel.shape[:2], strides, padding
-      return _kernel_gradient(x, gradient, *sizes).astype(kernel.dtype)
-
-    _, transpose = jax.vjp(lambda x: convolve(x, kernel), x)
-    of_kernel = jax.lax.platform_dependent(
-      x, gradient, cpu=by_rows, default=plain
-    )
-    return *transpose(gradient), of_kernel
-
-  convolution.defvjp(forward, backward)
-  return convolution(x, kernel)
+  by_rows = partial(
+    _kernel_gradient, taps=kernel.shape[:2], strides=strides, padding=padding
+  )
+  return with_kernel_gradient(convolve, by_rows)(x, kernel)
 
 
 def _kernel_gradient(x, g, taps, strides, padding):
@@ -118,11 +102,9 @@ def _products(rows, others, taps, strides):
   """
   batch, height, width, channels = rows.shape
   # Devices that share a batch add up once, rather than at every turn.
-  mesh = jax.sharding.get_abstract_mesh()
-  shares = math.prod(mesh.shape[name] for name in mesh.auto_axes)
+  shares = devices_in_context()
   shares = shares if batch % shares == 0 else 1
-  most = max(POSITIONS * shares // (batch * width), 1)
-  number = max(n for n in range(1, height + 1) if not height % n and n <= most)
+  number = at_a_time(height, POSITIONS * shares // (batch * width))
   down, right = (
     (n - 1) * s + 1 for n, s in zip((number, width), strides, strict=True)
   )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fairdiff_jax.models.attention import attend
+from fairdiff_jax.models.platforms import at_a_time, devices_in_context
 
 SPLASH_BLOCK = 1024  # tokens at a time of the TPU's attention
 WEIGHTS = 2**18  # of a CPU's attention at a time
@@ -72,11 +73,9 @@ def _splash_attention(query, key, value):
 
 def _splash_fits(query, key) -> bool:
   """Whether there are many tokens, and a mesh in context splits the batch."""
-  mesh = jax.sharding.get_abstract_mesh()
-  devices = math.prod(mesh.shape[name] for name in mesh.auto_axes)
   return (
-    bool(mesh.auto_axes)
-    and len(query) % devices == 0
+    bool(jax.sharding.get_abstract_mesh().auto_axes)
+    and len(query) % devices_in_context() == 0
     and query.shape == key.shape
     and query.shape[1] >= SPLASH_BLOCK
     and math.gcd(query.shape[1], SPLASH_BLOCK) >= 256
@@ -90,8 +89,7 @@ def _attention_by_heads(query, key, value):
   them from memory.
   """
   batch, tokens, _, head_size = query.shape
-  most = max(WEIGHTS // (batch * key.shape[1]), 1)
-  number = max(n for n in range(1, tokens + 1) if not tokens % n and n <= most)
+  number = at_a_time(tokens, WEIGHTS // (batch * key.shape[1]))
 
   def attend_head(head):
     query, key, value = (x[:, None] for x in head)

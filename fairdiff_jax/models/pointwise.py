@@ -13,6 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from fairdiff_jax.models.platforms import with_kernel_gradient
+
 
 def dot_general(
   x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
@@ -31,35 +33,13 @@ def dot_general(
   )
   if x.ndim - len(contracted) < 2:
     return dot(x, kernel)
+  features = math.prod(x.shape[axis] for axis in contracted)
 
-  @jax.custom_vjp
-  def product(x, kernel):
-    return dot(x, kernel)
+  def on_rows(x, gradient):
+    rows = x.reshape(-1, features)
+    return rows.T @ gradient.reshape(len(rows), -1)
 
-  def forward(x, kernel):
-    return dot(x, kernel), (x, kernel)
-
-  def backward(residuals, gradient):
-    x, kernel = residuals
-    features = math.prod(x.shape[axis] for axis in contracted)
-
-    def plain(x, gradient):
-      _, transpose = jax.vjp(lambda kernel: dot(x, kernel), kernel)
-      return transpose(gradient)[0]
-
-    def on_rows(x, gradient):
-      rows = x.reshape(-1, features)
-      product = rows.T @ gradient.reshape(len(rows), -1)
-      return product.reshape(kernel.shape).astype(kernel.dtype)
-
-    _, transpose = jax.vjp(lambda x: dot(x, kernel), x)
-    of_kernel = jax.lax.platform_dependent(
-      x, gradient, cpu=on_rows, default=plain
-    )
-    return *transpose(gradient), of_kernel
-
-  product.defvjp(forward, backward)
-  return product(x, kernel)
+  return with_kernel_gradient(dot, on_rows)(x, kernel)
 
 
 Dense = partial(nn.Dense, dot_general=dot_general)

@@ -168,10 +168,11 @@ def pixel_space(config, num_groups: int, image_channels: int = 1) -> Space:
       ]
     return Variables(params, {}, {})
 
-  def prior_of(variables, mask, group, intensity, unlit):
+  def prior_of(variables, mask, group, intensity, unlit=None):
     scale = _of_group(variables.frozen["scale"], group)
     mean = prior_image(mask, intensity, image_channels)
-    mean = jnp.where(unlit[..., None], LOG_BLACK, mean)
+    if unlit is not None:
+      mean = jnp.where(unlit[..., None], LOG_BLACK, mean)
     return Prior(mean, scale[:, None, None, None])
 
   def encode(variables, batch, keys):
@@ -190,9 +191,7 @@ def pixel_space(config, num_groups: int, image_channels: int = 1) -> Space:
     if not config.intensity_prior:
       return _no_prior(mask, image_channels)
     intensity = draw_intensity(variables.frozen, group, keys)
-    unlit = jnp.zeros(mask.shape, bool)
-    if image is not None:
-      unlit = is_unlit(image, mask)
+    unlit = None if image is None else is_unlit(image, mask)
     return prior_of(variables, mask, group, intensity, unlit)
 
   def condition(variables, mask, group, prior, kept):
