@@ -24,7 +24,7 @@ from fairdiff_jax.training.setup import setup
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 600  # seconds; a cluster that hangs fails the test
 TOLERANCE = 1e-5
-# One phase, three refills, checkpoints between; what is left is small.
+# One phase, four refills, checkpoints between; what is left is small.
 OVERRIDES = {
   "data.size": "(16, 16)",
   "data.num_points": 12,
@@ -34,10 +34,10 @@ OVERRIDES = {
   "evaluation.every": 1,
   "image.sample_steps": 1,
   "objective.agreement": 0.1,
-  "train.steps": 6,
-  "train.points": "(0, 6)",
-  "train.image": "(0, 6)",
-  "train.segmenter": "(0, 6)",
+  "train.steps": 8,
+  "train.points": "(0, 8)",
+  "train.image": "(0, 8)",
+  "train.segmenter": "(0, 8)",
   "bank.every": 2,
   "bank.max_attempts": 50,
   "checkpoint.every": 2,
@@ -132,16 +132,12 @@ def assert_same_run(workdir, expected):
     )
 
 
-def test_what_two_processes_trained_goes_on_in_one(alone, tmp_path):
-  """SIGTERM stops both at one step; the same command goes on without one.
-
-  Until then they have trained, validated and drawn synthetic cases as one.
-  """
-  process = start(tmp_path, processes=2)
-  bank = Path("bank", "step_00000002", "cases.npz")
+def stop_at_bank(process, workdir, step):
+  """Sends SIGTERM once there is the bank of a step; the last step done."""
+  cases = workdir / "bank" / f"step_{step:08d}" / "cases.npz"
   try:
     deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / bank).exists():
+    while not cases.exists():
       assert process.poll() is None, process.communicate()[0]
       assert time.monotonic() < deadline
       time.sleep(0.01)
@@ -153,13 +149,26 @@ def test_what_two_processes_trained_goes_on_in_one(alone, tmp_path):
   assert code == 0, output
   # Once: only the first process speaks.
   (stopped,) = re.findall(r"SIGTERM: stopped after step (\d)", output)
-  assert 2 <= int(stopped) < OVERRIDES["train.steps"]
-  banks = [np.load(workdir / bank) for workdir in (tmp_path, alone)]
-  np.testing.assert_array_equal(banks[0]["mask"], banks[1]["mask"])
-  code, output = finish(start(tmp_path, devices=4))
+  assert step <= int(stopped) < OVERRIDES["train.steps"]
+  return int(stopped)
+
+
+def test_two_processes_then_one_then_two_train_as_one(alone, tmp_path):
+  """SIGTERM stops all at one step; the same command goes on with others.
+
+  All of them train, validate and draw synthetic cases as one.
+  """
+  first = stop_at_bank(start(tmp_path, processes=2), tmp_path, 2)
+  then = start(tmp_path, devices=4)
+  second = stop_at_bank(then, tmp_path, first // 2 * 2 + 2)
+  assert second > first
+  code, output = finish(start(tmp_path, processes=2))
   assert code == 0, output
-  assert f"resuming from the checkpoint of step {stopped}" in output
+  assert f"resuming from the checkpoint of step {second}" in output
   assert_same_run(tmp_path, alone)
+  last = Path("bank", "step_00000006", "cases.npz")
+  banks = [np.load(workdir / last)["mask"] for workdir in (tmp_path, alone)]
+  np.testing.assert_array_equal(*banks)
 
 
 METHODS_SCRIPT = """

@@ -26,15 +26,14 @@ from fairdiff_jax.data import (
   splits,
   storage,
   table,
+  wanted,
 )
 from fairdiff_jax.data import domain as domains
 from fairdiff_jax.data.cases import NotAsDeclared, Source
 from fairdiff_jax.data.domain import FUNDUS
 from fairdiff_jax.data.examine import Found, examine, report_on
 from fairdiff_jax.data.npz import SUMMARY
-from fairdiff_jax.data.report import Report, plain
-
-_MADE_UP = "phantom, "  # how the settings' source begins for phantoms
+from fairdiff_jax.data.report import Report
 
 
 def build(
@@ -84,7 +83,7 @@ def build(
   """
   files.require_plain(directory, "data.directory")
   source = Path(source)
-  settings = _settings(
+  settings = wanted.of_source(
     source,
     source,
     size=size,
@@ -131,16 +130,11 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
     return build(
       config.source,
       directory,
-      size=config.size,
-      num_points=config.num_points,
-      split=config.split,
-      crop=config.crop,
-      validation=config.validation,
       attribute=config.attribute,
-      allow_synthetic=config.allow_synthetic,
+      **wanted.arguments(config),
     )
   files.require_plain(directory, "data.directory")
-  settings = _settings_of(config)
+  settings = wanted.of_config(config)
   stored = _reuse(directory, settings)
   if stored:
     return stored
@@ -150,7 +144,7 @@ def prepare(config: Any, directory: str | os.PathLike) -> Report:
     )
     groups.recorded(config.attribute, source.vocabulary)
     return _write(source, directory, settings, config.attribute)
-  size, made = tuple(config.size), _made_up(config)
+  size, made = tuple(config.size), wanted.phantom_arguments(config)
   name = "-".join(
     ("phantom", *(f"{k}_{v}" for k, v in made.items()), *map(str, size))
   )
@@ -168,7 +162,8 @@ def is_made_up(directory: str | os.PathLike) -> bool:
   Raises:
     FileNotFoundError: the directory is not prepared.
   """
-  return storage.require(directory).settings["source"].startswith(_MADE_UP)
+  source = storage.require(directory).settings["source"]
+  return source.startswith(wanted.MADE_UP)
 
 
 def check(source: str | os.PathLike, *, progress: bool = True) -> Report:
@@ -214,12 +209,12 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
     ValueError: it was prepared with other fields, or is damaged.
   """
   stored = storage.require(directory, config.source).settings
-  wanted = _settings_of(config)
-  differing = _differing(stored, wanted)
+  asked = wanted.of_config(config)
+  differing = wanted.differing(stored, asked)
   differing.pop("files", None)
-  origins = (s.get("source", "") for s in (stored, wanted))
-  made_up = any(origin.startswith(_MADE_UP) for origin in origins)
-  known = made_up or ("files" in stored and "files" in wanted)
+  origins = (s.get("source", "") for s in (stored, asked))
+  made_up = any(origin.startswith(wanted.MADE_UP) for origin in origins)
+  known = made_up or ("files" in stored and "files" in asked)
   if not (config.source and known):
     differing.pop("source", None)
   if differing:
@@ -234,110 +229,6 @@ def require_prepared(config: Any, directory: str | os.PathLike) -> None:
     )
 
 
-def _made_up(config: Any) -> dict[str, Any]:
-  """The arguments of `phantom.write`.
-
-  `added` is among them only if something is: data that were prepared before
-  there was such a field are still what is asked for.
-  """
-  made = config.phantom.to_dict()
-  return {k: v for k, v in made.items() if k != "added" or v}
-
-
-def _settings_of(config: Any) -> dict[str, Any]:
-  """The settings that a `config.data` asks for."""
-  if domains.is_table(config.source):
-    return _table_settings(config)
-  made = None
-  if config.source == "phantom":
-    made = [f"{k} {plain(v)}" for k, v in _made_up(config).items()]
-  return _settings(
-    _MADE_UP + ", ".join(made) if made else config.source,
-    Path(config.source) if config.source and not made else None,
-    size=config.size,
-    num_points=config.num_points,
-    split=config.split,
-    crop=config.crop,
-    validation=config.validation,
-    allow_synthetic=config.allow_synthetic,
-  )
-
-
-def _settings(
-  origin: str | os.PathLike,
-  source: Path | None,
-  *,
-  size: Sequence[int],
-  num_points: int,
-  split: str,
-  crop: Sequence[int],
-  validation: float,
-  allow_synthetic: bool,
-) -> dict[str, Any]:
-  """Checks the settings and puts them in the form that is stored.
-
-  Args:
-    origin: where the patients are from, in words.
-    source: their directory, which is fingerprinted if it is there: file names
-      and sizes, and the split. None if there is none.
-    size: as for `build`, as are num_points, split, crop, validation and
-      allow_synthetic.
-  """
-  sides = [int(side) for side in size]
-  if len(sides) != 2 or min(sides) < 8:
-    raise ValueError(
-      f"size must be (H, W) with at least 8 pixels a side, not {tuple(size)}."
-    )
-  if crop and (len(crop) != 2 or min(crop) < 8):
-    raise ValueError(
-      "crop must be (H, W) with at least 8 pixels a side, or () for none, not "
-      f"{tuple(crop)}."
-    )
-  if num_points < 8:
-    raise ValueError(f"num_points must be at least 8, not {num_points}.")
-  settings = {"source": str(source.resolve() if source else origin)}
-  paths = fairseg.npz_files(source) if source else []
-  if paths:
-    listed = (
-      f"{path.name} {path.stat().st_size if path.exists() else 0}"
-      for path in paths
-    )
-    settings["files"] = f"{len(paths)} {splits.fingerprint(listed)}"
-  settings |= {
-    "size": sides,
-    "num_points": int(num_points),
-    "split": splits.describe(split, source),
-  }
-  if crop:
-    settings["crop"] = [int(side) for side in crop]
-  if validation:
-    settings["validation"] = float(validation)
-  if allow_synthetic:
-    settings["allow_synthetic"] = True
-  return settings
-
-
-def _differing(
-  stored: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> dict[str, tuple[str, str]]:
-  """Settings that are not the same in content, as {key: (stored, wanted)}.
-
-  A moved source is the same if its files are, and so is what nobody knows.
-  """
-  differing = {}
-  for key in stored | wanted:
-    old, new = stored.get(key), wanted.get(key)
-    if key in ("files", "split", "domain"):
-      same = None in (old, new) or splits.same(old, new)
-    else:
-      same = old == new
-    if not same:
-      differing[key] = plain(old or "none"), plain(new or "none")
-  if "files" in stored and "files" in wanted and "files" not in differing:
-    differing.pop("source", None)
-  return differing
-
-
 def _reuse(
   directory: str | os.PathLike, settings: dict[str, Any]
 ) -> Report | None:
@@ -345,7 +236,7 @@ def _reuse(
   if not storage.is_prepared(directory):
     return None
   report = storage.stored_report(directory)
-  differing = _differing(report.settings, settings)
+  differing = wanted.differing(report.settings, settings)
   if differing:
     listed = ", ".join(
       f"{key} {old} (now {new})" for key, (old, new) in differing.items()
@@ -524,36 +415,3 @@ def _unspooled(
       spool.seek(start)
       record[name] = spool.read(length)
     yield record
-
-
-def _table_settings(config: Any) -> dict[str, Any]:
-  """The settings of a table, in the form that is stored."""
-  path = Path(config.source)
-  if config.split != "use":
-    raise ValueError(
-      f"data.split={config.split!r} is for npz files; a table has its column"
-      " split"
-    )
-  settings = _settings(
-    path.resolve(),
-    None,
-    size=config.size,
-    num_points=config.num_points,
-    split="use",
-    crop=config.crop,
-    validation=config.validation,
-    allow_synthetic=config.allow_synthetic,
-  )
-  settings["split"] = "column split"
-  if not path.is_file():
-    return settings
-  domain = domains.of(config.domain, config.source)
-  found = table.read(path, domain)
-  named = {p for row in found.rows for p in (row.image, *row.masks) if p}
-  listed = [
-    f"{os.path.relpath(p, path.parent)} {p.stat().st_size}" for p in named
-  ]
-  listed += [files.read_text(path)]
-  settings["files"] = f"{len(named)} {splits.fingerprint(listed)}"
-  settings["domain"] = domains.text(domain)
-  return settings

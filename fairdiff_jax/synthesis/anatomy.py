@@ -98,16 +98,21 @@ def _turned(rng, mask, image=None):
   if rng.random() < 0.5:
     matrix[:, 2] += matrix[:, 0] * (width - 1)
     matrix[:, 0] *= -1
-  mask = cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_NEAREST)
-  if image is not None:
-    image = cv2.warpAffine(
-      image,
+
+  def turn(values):
+    return cv2.warpAffine(
+      values,
       matrix,
       (width, height),
       flags=cv2.INTER_CUBIC,
       borderMode=cv2.BORDER_REFLECT_101,
     )
-  return mask, image
+
+  # Distances to the edges turn into smooth edges, classes into jagged ones.
+  classes = np.unique(mask)
+  depth = [turn(_distance(mask == c)) for c in classes]
+  mask = classes[np.argmax(depth, 0)]
+  return mask, None if image is None else turn(image)
 
 
 def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
