@@ -137,13 +137,16 @@ def test_shards_with_uneven_weights_equal_the_global_batch():
     _assert_close(jax.tree.map(lambda a, i=i: a[i], grads), whole)
 
 
-def test_gradient_in_x_is_the_same_on_shards():
+@pytest.mark.parametrize("highest", [False, True])
+def test_gradient_in_x_is_the_same_on_shards(highest):
   x, variables = _batch(), _variables(3)
   weight = jnp.array([1.0, 1, 1, 0, 1, 0, 0, 0])
 
   def loss(x, weight, axis_name):
-    y, _ = _train(variables, x, weight, axis_name=axis_name)
-    total = jnp.sum(weight[:, None, None] * jnp.sin(y))
+    options = dict(axis_name=axis_name, highest=highest)
+    y, _ = _train(variables, x, weight, **options)
+    by_case = weight.reshape(-1, *(1,) * (y.ndim - 1))
+    total = jnp.sum(by_case * jnp.sin(y))
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
   def over_shards(x):
@@ -220,3 +223,38 @@ def test_half_precision_has_float32_statistics():
   y, updated = _train(_variables(3), x)
   assert y.dtype == jnp.bfloat16
   assert {v.dtype for v in jax.tree.leaves(updated)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_highest_is_the_maximum_of_what_is_normalised(train):
+  x, variables = _batch(), _variables(3)
+  scale = variables["params"]["scale"] * np.array([1, -1, 1])
+  variables["params"]["scale"] = scale.astype(np.float32)
+  weight = jnp.array([1.0, 1, 0, 2, 0, 1, 1, 0])
+  cotangent = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
+
+  def apply(params, x, highest):
+    module = BatchNorm(highest=highest)
+    y, updated = module.apply(
+      {**variables, "params": params}, x, weight, train, mutable=["batch_stats"]
+    )
+    y = y if highest else jnp.max(y, axis=1)
+    return jnp.sum(cotangent * y), (y, updated)
+
+  found, want = (
+    jax.value_and_grad(apply, (0, 1), has_aux=True)(
+      variables["params"], x, highest
+    )
+    for highest in (True, False)
+  )
+  _assert_close(found, want)
+
+
+def test_of_equal_maxima_one_has_the_gradient():
+  x, variables = np.ones((2, 5, 3), np.float32), _variables(3)
+
+  def total(x):
+    return jnp.sum(BatchNorm(highest=True).apply(variables, x, None, False))
+
+  grad = jax.grad(total)(x)
+  np.testing.assert_array_equal((grad != 0).sum(1), 1)

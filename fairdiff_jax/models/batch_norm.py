@@ -57,16 +57,23 @@ def _normalise(axis_name, epsilon, x, weight, scale, bias, running):
   )[0]
 
 
-def _normalise_forward(axis_name, epsilon, x, weight, scale, bias, running):
-  values = x.astype(jnp.float32)
-  positions = math.prod(x.shape[1:-1])
-  count = _over_shards(jnp.sum(weight) * positions, axis_name)
+def _moments(axis_name, values, weight, running):
+  """Count [], share of every example, mean and biased variance [C]."""
+  count = _over_shards(
+    jnp.sum(weight) * math.prod(values.shape[1:-1]), axis_name
+  )
   share = weight / jnp.where(count > 0, count, 1)
-
   mean = _over_shards(_sum(share * values), axis_name)
   mean = jnp.where(count > 0, mean, running[0])
-  var = _over_shards(_sum(share * jnp.square(values - mean)), axis_name)
-  var = jnp.where(count > 0, var, running[1])
+  # The mean is where the variance is least: through it, it has no gradient.
+  centred = values - jax.lax.stop_gradient(mean)
+  var = _over_shards(_sum(share * jnp.square(centred)), axis_name)
+  return count, share, mean, jnp.where(count > 0, var, running[1])
+
+
+def _normalise_forward(axis_name, epsilon, x, weight, scale, bias, running):
+  values = x.astype(jnp.float32)
+  count, share, mean, var = _moments(axis_name, values, weight, running)
   rate = jax.lax.rsqrt(var + epsilon)
   y = (values - mean) * (scale * rate) + bias
   return (y.astype(x.dtype), count, mean, var), (x, share, scale, mean, rate)
@@ -88,6 +95,29 @@ def _normalise_backward(axis_name, epsilon, residuals, gradients):
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
+@jax.custom_vjp
+def _highest(x):
+  """Maximum [B, C] of x [B, N, C], whose gradient is that of one position."""
+  return jnp.max(x, axis=1)
+
+
+def _highest_forward(x):
+  # Computed once: with other rounding no position would equal its maximum.
+  x = jax.lax.optimization_barrier(x)
+  highest = jnp.max(x, axis=1)
+  position = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  reached = jnp.where(x == highest[:, None], position, x.shape[1] - 1)
+  return highest, (jnp.min(reached, axis=1), position)
+
+
+def _highest_backward(residuals, gradient):
+  first, position = residuals
+  return (jnp.where(position == first[:, None], gradient[:, None], 0),)
+
+
+_highest.defvjp(_highest_forward, _highest_backward)
+
+
 class BatchNorm(nn.Module):
   """Batch normalisation with PyTorch's statistics, masked and global.
 
@@ -106,12 +136,15 @@ class BatchNorm(nn.Module):
     epsilon: added to the variance.
     learn_bias: whether the bias has a gradient; not where a later batch
       normalisation cancels it and leaves only rounding noise.
+    highest: whether the maximum over the positions is what is wanted, which
+      needs no other position to be normalised.
   """
 
   axis_name: str | None = None
   momentum: float = 0.9
   epsilon: float = 1e-5
   learn_bias: bool = True
+  highest: bool = False
 
   @nn.compact
   def __call__(
@@ -120,7 +153,7 @@ class BatchNorm(nn.Module):
     """Normalises x over all axes but the last.
 
     Args:
-      x: [B, ..., C].
+      x: [B, ..., C]; [B, N, C] if `highest`.
       weight: [B], how often an example counts, 0 for padding; None counts each
         once.
       train: normalise by the batch and update the running statistics
@@ -128,7 +161,8 @@ class BatchNorm(nn.Module):
         batch without any weight uses the running statistics and keeps them.
 
     Returns:
-      [B, ..., C] in the type of x; padding is normalised like the rest.
+      [B, ..., C] in the type of x, or [B, C] if `highest`; padding is
+      normalised like the rest.
     """
     features = x.shape[-1:]
     scale = self.param("scale", nn.initializers.ones, features)
@@ -139,17 +173,32 @@ class BatchNorm(nn.Module):
     running_var = self.variable("batch_stats", "var", jnp.ones, features)
 
     mean, var = running_mean.value, running_var.value
-    if not train:
+
+    def normalised(mean, var):
       gain = scale * jax.lax.rsqrt(var + self.epsilon)
-      return ((x - mean) * gain + bias).astype(x.dtype)
+      values = x
+      if self.highest:  # of a negative scale, it is the lowest
+        sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
+        values = sign * _highest(sign * x)
+      return ((values - mean) * gain + bias).astype(x.dtype)
+
+    if not train:
+      return normalised(mean, var)
 
     if weight is None:
       weight = jnp.ones(len(x))
     weight = weight.astype(jnp.float32).reshape(-1, *(1,) * (x.ndim - 1))
     axis_name = None if self.is_initializing() else self.axis_name
-    y, count, batch_mean, batch_var = _normalise(
-      axis_name, self.epsilon, x, weight, scale, bias, (mean, var)
-    )
+    if self.highest:
+      values = x.astype(jnp.float32)
+      count, _, batch_mean, batch_var = _moments(
+        axis_name, values, weight, (mean, var)
+      )
+      y = normalised(batch_mean, batch_var)
+    else:
+      y, count, batch_mean, batch_var = _normalise(
+        axis_name, self.epsilon, x, weight, scale, bias, (mean, var)
+      )
     if not self.is_initializing():
       unbiased = batch_var * count / jnp.where(count > 1, count - 1, 1)
       running_mean.value = self._running(count, mean, batch_mean)

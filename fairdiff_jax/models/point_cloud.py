@@ -107,12 +107,13 @@ class Posterior(nn.Module):
       x = nn.relu(x) if i else x
       x = CancelledBiasDense(width, name=f"dense_{i}")(x)
       # The heads' first normalisation cancels the last one's bias.
-      norm = BatchNorm(self.axis_name, learn_bias=i < last, name=f"norm_{i}")
+      norm = BatchNorm(
+        self.axis_name,
+        learn_bias=i < last,
+        highest=i == last,
+        name=f"norm_{i}",
+      )
       x = norm(x, weight, train)
-    # The gradient of `jnp.max` compares x with its maximum, and is 0 / 0 where
-    # the compiler has computed x twice with different rounding.
-    winner = jnp.argmax(x, axis=1, keepdims=True)
-    x = jnp.take_along_axis(x, winner, axis=1)[:, 0]
     head = functools.partial(
       Head, self.head_widths, self.latent_dim, self.axis_name
     )
