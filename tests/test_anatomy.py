@@ -1,5 +1,7 @@
 """Real anatomy: masks of real patients, and images warped onto masks."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -67,8 +69,8 @@ def test_a_round_field_of_view_stays_round(anatomy):
   np.testing.assert_array_equal(beyond_field(image[0]), beyond)
   number = np.arange(24)
   for colour in (image, np.repeat(image[..., None], 3, axis=-1)):
-    eyes = anatomy._replace(image=colour)
-    masks = eyes.draw_masks(0, number)
+    eyes = dataclasses.replace(anatomy, image=colour)
+    masks = eyes.draw_masks(0, number, number % 3)
     for found in eyes.draw_images(0, number, number % 3, masks):
       np.testing.assert_array_equal(found[beyond], 0)
       assert (found[~beyond] <= UNLIT).mean() < 0.002  # cubic lookup ripples
@@ -99,15 +101,15 @@ def test_without_a_foreground_nothing_is_warped(anatomy):
 
 def test_a_case_depends_on_its_number_alone(anatomy):
   number, group = np.array([4, 9, 2]), np.array([0, 1, 2])
-  masks = anatomy.draw_masks((7, 3), number)
+  masks = anatomy.draw_masks((7, 3), number, group)
   images = anatomy.draw_images((7, 3), number, group, masks)
   for i in range(3):
     one = slice(i, i + 1)
-    mask = anatomy.draw_masks((7, 3), number[one])
+    mask = anatomy.draw_masks((7, 3), number[one], group[one])
     np.testing.assert_array_equal(mask, masks[one])
     image = anatomy.draw_images((7, 3), number[one], group[one], mask)
     np.testing.assert_array_equal(image, images[one])
-  other = anatomy.draw_masks((7, 4), number)
+  other = anatomy.draw_masks((7, 4), number, group)
   assert (other != masks).any()
 
 
@@ -115,9 +117,9 @@ def test_images_are_those_of_the_group(anatomy):
   """Every patient's image is of one level of its own."""
   level = (20 * np.arange(12)).astype(np.uint8)
   flat = np.broadcast_to(level[:, None, None], anatomy.image.shape)
-  known = anatomy._replace(image=np.ascontiguousarray(flat))
+  known = dataclasses.replace(anatomy, image=np.ascontiguousarray(flat))
   number = np.arange(40)
-  masks = known.draw_masks(0, number)
+  masks = known.draw_masks(0, number, number % 3)
   for group in range(3):
     images = known.draw_images(0, number, np.full(40, group), masks)
     assert set(np.unique(images)) == set(level[known.group == group])
@@ -126,7 +128,7 @@ def test_images_are_those_of_the_group(anatomy):
 
 
 def test_masks_are_real_ones_flipped_and_turned(anatomy):
-  masks = anatomy.draw_masks(1, np.arange(30))
+  masks = anatomy.draw_masks(1, np.arange(30), np.arange(30) % 3)
   areas = np.sort([(mask > 0).sum() for mask in anatomy.mask])
   for mask in masks:
     assert set(np.unique(mask)) == {0, 1, 2}
@@ -146,5 +148,39 @@ def test_a_turned_edge_stays_smooth():
     ]
     return cv2.arcLength(found, closed=True)
 
-  turned = known.draw_masks(0, np.arange(40))
+  turned = known.draw_masks(0, np.arange(40), np.zeros(40, int))
   assert np.mean([outline(m) for m in turned]) < 1.02 * outline(mask)
+
+
+def test_masks_of_all_serve_a_group_as_often_as_it_has_such():
+  group = np.repeat([0, 1, 2], [9, 15, 76])
+  cases = [
+    phantom.generate(np.random.default_rng([2, i]), g)
+    for i, g in enumerate(group)
+  ]
+  image, mask = (np.stack(x) for x in zip(*cases, strict=True))
+  anatomy = Anatomy(image, mask, group)
+  ratio = np.sqrt((mask == 2).sum((1, 2)) / (mask > 0).sum((1, 2)))
+  size = np.sqrt((mask > 0).sum((1, 2)))
+  for g, own in ((0, 9), (1, 15), (2, 76)):
+    share = anatomy.share_of_masks(g)
+    assert share.sum() == pytest.approx(1)
+    assert 1 / (share**2).sum() > 1.5 * min(own, 40)  # more than the group's
+    for of in (ratio, size):
+      real = of[group == g]
+      mean = share @ of
+      assert mean == pytest.approx(real.mean(), rel=0.06)
+      spread = np.sqrt(share @ (of - mean) ** 2)
+      assert spread == pytest.approx(real.std(), rel=0.25)
+  np.testing.assert_allclose(anatomy.share_of_masks(3), 0.01)
+
+
+def test_patients_are_those_whose_images_are_warped(anatomy):
+  level = (20 * np.arange(12)).astype(np.uint8)
+  flat = np.broadcast_to(level[:, None, None], anatomy.image.shape)
+  known = dataclasses.replace(anatomy, image=np.ascontiguousarray(flat))
+  number, group = np.arange(20), np.arange(20) % 4
+  masks = known.draw_masks(0, number, group)
+  images = known.draw_images(0, number, group, masks)
+  patients = known.draw_patients(0, number, group)
+  np.testing.assert_array_equal(images.max((1, 2)), level[patients])

@@ -135,6 +135,18 @@ def test_cases_of_a_patient_are_in_one_fold():
   assert np.isnan(realism.two_sample_auc(twins, synthetic, patient=[0] * 60)[0])
 
 
+def test_copies_of_few_patients_are_judged_by_others():
+  """Nine patients, drawn again and again, look as real as they are."""
+  rng = np.random.default_rng(0)
+  real = rng.normal(size=(150, 12))
+  source = np.arange(90) % 9
+  copies = rng.normal(size=(9, 12))[source] + 0.2 * rng.normal(size=(90, 12))
+  known = realism.two_sample_auc(real, copies)[0]
+  judged = realism.two_sample_auc(real, copies, source=source)[0]
+  assert known > 0.75
+  assert judged < 0.65
+
+
 def test_all_together_have_the_synthetic_proportions():
   found = realism.comparable([*"AAABBBBBBC"], [*"AABD"], "ABCD")
   assert {k: len(v[0]) for k, v in found.items()} == {

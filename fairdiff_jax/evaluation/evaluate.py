@@ -41,7 +41,7 @@ REPORT = 2  # tells the noise of a report's cases from that of banks
 
 def synthesize(
   trained: Trained, per_group: int, anatomy: Anatomy | None
-) -> tuple[Generated, np.ndarray, list[str]]:
+) -> tuple[Generated, np.ndarray, np.ndarray, list[str]]:
   """Fresh synthetic cases of every group, made as a bank's are.
 
   Args:
@@ -50,18 +50,19 @@ def synthesize(
     anatomy: the training cases; None to make cases of noise alone.
 
   Returns:
-    The cases, their groups [n], and a sentence for every group that lacks some.
+    The cases, their groups [n], the training cases [n] whose images they are
+    warped from, -1 for none, and a sentence for every group that lacks some.
   """
   run, config = trained.setup, trained.config
   names, attempts = run.objective.group_names, config.bank.max_attempts
   group = np.repeat(np.arange(len(names), dtype=np.int32), per_group)
+  drawn = (config.seed, 0, REPORT), np.arange(len(group)), group
   cases = make_generator(run, anatomy)(
-    trained.inference,
-    (config.seed, 0, REPORT),
-    np.arange(len(group)),
-    group,
-    "synthetic cases",
+    *(trained.inference, *drawn, "synthetic cases")
   )
+  patient = np.full(len(group), -1)
+  if anatomy and config.bank.strength < 1:
+    patient = anatomy.draw_patients(*drawn)
   notices = []
   for g, name in enumerate(names):
     faults = Counter(cases.fault[(group == g) & ~cases.sound].tolist())
@@ -72,7 +73,20 @@ def synthesize(
         f" not be drawn: no sound mask in {attempts} draws each ({why})."
       )
   sound = np.flatnonzero(cases.sound)
-  return cases.take(sound), group[sound], notices
+  return cases.take(sound), group[sound], patient[sound], notices
+
+
+def _patients(train: Cases, case: np.ndarray) -> np.ndarray:
+  """Whose image every synthetic case shows; where nobody's, it is its own.
+
+  Args:
+    train: the training cases.
+    case: as `synthesize` gives them [n].
+  """
+  known = train.patient or train.name
+  return np.array(
+    [known[c] if c >= 0 else f"synthetic {i}" for i, c in enumerate(case)], str
+  )
 
 
 def definitions_of(evaluation: ConfigDict) -> Definitions:
@@ -155,7 +169,7 @@ def evaluate(
   cases = _shown(test, test_group, names, predictions)
   synthetic, agreements, realistic, private, pairs = None, None, None, {}, {}
   if generates:
-    generated, group, missing = synthesize(
+    generated, group, patient, missing = synthesize(
       trained,
       evaluation.synthetic_per_group,
       Anatomy(train.image, train.mask, train_group),
@@ -165,6 +179,7 @@ def evaluate(
       "image": generated.image,
       "mask": generated.mask,
       "group": np.array(names)[group],
+      "patient": _patients(train, patient),
     }
     segmenter = _segmenter(predictors)
     extractor = extractor or segmenter

@@ -138,6 +138,7 @@ def two_sample_auc(
   synthetic: np.ndarray,
   seed: int = 0,
   patient: Sequence[Any] | None = None,
+  source: Sequence[Any] | None = None,
 ) -> tuple[float, float, float]:
   """AUC of a classifier of synthetic against real cases, cross-validated.
 
@@ -155,6 +156,8 @@ def two_sample_auc(
     seed: of folds.
     patient: whose each real case is [n], all of whose are in one fold; None
       where every case is a patient of its own.
+    source: whose image each synthetic case is made from [m], likewise: that
+      a patient is known again is no matter of how real the image looks.
 
   Returns:
     The AUC, mean over folds, and its interval; NaN where either side has fewer
@@ -163,10 +166,12 @@ def two_sample_auc(
   from scipy import stats  # takes long to import
 
   n, m = len(real), len(synthetic)
-  patient = np.arange(n) if patient is None else np.asarray(patient)
-  who = np.unique(patient, return_inverse=True)[1]
-  patients = int(who.max(initial=-1)) + 1
-  if min(n, m) < MIN_CASES or patients < FOLDS:
+  sides = []
+  for number, whose in ((n, patient), (m, source)):
+    whose = np.arange(number) if whose is None else np.asarray(whose)
+    sides.append(np.unique(whose, return_inverse=True)[1])
+  patients = [int(who.max(initial=-1)) + 1 for who in sides]
+  if min(n, m) < MIN_CASES or min(patients) < FOLDS:
     return (np.nan,) * 3
   rng = np.random.default_rng(seed)
   x = np.concatenate([real, synthetic]).astype(np.float64)
@@ -174,7 +179,10 @@ def two_sample_auc(
   found = []
   for _ in range(REPEATS):
     fold = np.concatenate(
-      [(rng.permutation(patients) % FOLDS)[who], rng.permutation(m) % FOLDS]
+      [
+        (rng.permutation(number) % FOLDS)[who]
+        for number, who in zip(patients, sides, strict=True)
+      ]
     )
     for k in range(FOLDS):
       score = _scores(x, label, fold != k)
@@ -262,7 +270,7 @@ def compare(
   Args:
     real: `image` uint8 [n, H, W], `mask` [n, H, W], `group` names [n] and, if
       patients have several cases, `patient` [n].
-    synthetic: the same of m cases.
+    synthetic: the same of m cases; `patient` if images are made from patients'.
     structures: name -> the classes that it consists of.
     groups: names of the groups.
     seed: of folds and resamples.
@@ -278,7 +286,10 @@ def compare(
   tables = [
     statistics(x["image"], x["mask"], structures) for x in (real, synthetic)
   ]
-  patient = np.asarray(real.get("patient", np.arange(len(real["mask"]))))
+  patients = [
+    np.asarray(x.get("patient", np.arange(len(x["mask"]))))
+    for x in (real, synthetic)
+  ]
   result = {}
   of = comparable(real["group"], synthetic["group"], groups)
   for name, rows in of.items():
@@ -288,7 +299,8 @@ def compare(
       for table, row in zip(tables, rows, strict=True)
     ]
     features = [np.stack([*side.values()], axis=1) for side in sides]
-    area, low, high = two_sample_auc(*features, seed, patient[rows[0]])
+    whose = (who[row] for who, row in zip(patients, rows, strict=True))
+    area, low, high = two_sample_auc(*features, seed, *whose)
     found = {"auc": area, "auc_interval": (low, high)}
     found |= dict(zip(("real", "synthetic"), map(len, rows), strict=True))
     found["statistics"] = _beside(rng, *sides)

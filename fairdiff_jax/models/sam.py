@@ -38,19 +38,22 @@ def _table(rows, dim, name):
   return nn.Embed(rows, dim, embedding_init=init, name=name)(jnp.arange(rows))
 
 
-def to_windows(x: jax.Array, size: int) -> jax.Array:
-  """Cuts maps into windows, after zeros at the bottom and on the right.
+def to_windows(x: jax.Array, size: int, fill: Any = 0.0) -> jax.Array:
+  """Cuts maps into windows, after padding at the bottom and on the right.
 
   Args:
     x: [B, H, W, C].
     size: of a window.
+    fill: of the padding, [C] or one value.
 
   Returns:
     [B * windows, size, size, C].
   """
   b, h, w, c = x.shape
-  x = jnp.pad(x, ((0, 0), (0, -h % size), (0, -w % size), (0, 0)))
-  rows, columns = x.shape[1] // size, x.shape[2] // size
+  rows, columns = -(-h // size), -(-w // size)
+  fill = jnp.asarray(fill, x.dtype)
+  padded = jnp.broadcast_to(fill, (b, rows * size, columns * size, c))
+  x = padded.at[:, :h, :w].set(x)
   x = x.reshape(b, rows, size, columns, size, c)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, size, size, c)
 
@@ -95,35 +98,53 @@ class EncoderAttention(nn.Module):
   To the logit of query and key is added the product of the (unscaled) query
   with a row of a table, chosen by their vertical distance, and with a row of
   another table, by their horizontal distance (Li et al. 2022, MViTv2).
+
+  Attributes:
+    num_heads: of the C channels.
+    window: side of the windows, in positions; 0 for attention over all.
+    dtype: of the computation.
   """
 
   num_heads: int
+  window: int
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, lora=None):
-    b, h, w, c = x.shape
+    _, h, w, c = x.shape
     heads, dim = self.num_heads, c // self.num_heads
     x = x.astype(self.dtype)
-    q, k, v = jnp.split(Dense(3 * c, dtype=self.dtype, name="qkv")(x), 3, -1)
+    project = Dense(3 * c, dtype=self.dtype, name="qkv")
+    q, k, v = jnp.split(project(x), 3, -1)
     if lora is not None:
       lora = jax.tree.map(lambda m: m.astype(self.dtype), lora)
       q += x @ lora["q_a"] @ lora["q_b"]
       v += x @ lora["v_a"] @ lora["v_b"]
+    if self.window:
+      # Padding is of zeros before the projection, and takes part unmasked.
+      fill = jnp.split(project(jnp.zeros(c, self.dtype)), 3)
+      q, k, v = (
+        to_windows(y, self.window, f)
+        for y, f in zip((q, k, v), fill, strict=True)
+      )
+    maps, rows, columns, _ = q.shape
     q, k, v = (
-      y.reshape(b, h * w, heads, dim).swapaxes(1, 2) for y in (q, k, v)
+      y.reshape(maps, rows * columns, heads, dim).swapaxes(1, 2)
+      for y in (q, k, v)
     )
 
     zeros = nn.initializers.zeros
-    vertical = self.param("rel_pos_h", zeros, (2 * h - 1, dim))
-    horizontal = self.param("rel_pos_w", zeros, (2 * w - 1, dim))
-    query = q.reshape(b, heads, h, w, dim)
+    vertical = self.param("rel_pos_h", zeros, (2 * rows - 1, dim))
+    horizontal = self.param("rel_pos_w", zeros, (2 * columns - 1, dim))
+    query = q.reshape(maps, heads, rows, columns, dim)
     bias = _relative(query, vertical, 2)[..., :, None]
     bias += _relative(query, horizontal, 3)[..., None, :]
-    bias = bias.reshape(b, heads, h * w, h * w)
+    bias = bias.reshape(maps, heads, rows * columns, rows * columns)
 
     x = attend(q, k, v, bias)
-    x = x.swapaxes(1, 2).reshape(b, h, w, c)
+    x = x.swapaxes(1, 2).reshape(maps, rows, columns, c)
+    if self.window:
+      x = from_windows(x, h, w)
     return Dense(c, dtype=self.dtype, name="proj")(x)
 
 
@@ -151,15 +172,10 @@ class EncoderBlock(nn.Module):
   @nn.compact
   def __call__(self, x, lora=None):
     norm = functools.partial(LayerNorm, epsilon=1e-6, dtype=self.dtype)
-    attention = EncoderAttention(self.num_heads, self.dtype, name="attn")
-    y = norm(name="norm1")(x)
-    if self.window:
-      # The padding is after the normalisation, and takes part unmasked.
-      y = attention(to_windows(y, self.window), lora)
-      y = from_windows(y, *x.shape[1:3])
-    else:
-      y = attention(y, lora)
-    x += y
+    attention = EncoderAttention(
+      self.num_heads, self.window, self.dtype, name="attn"
+    )
+    x += attention(norm(name="norm1")(x), lora)
     mlp = Mlp(4 * x.shape[-1], gelu, self.dtype, name="mlp")
     return x + mlp(norm(name="norm2")(x))
 

@@ -5,8 +5,9 @@ from, nothing to hand on. It needs the training cases, which lie in no
 checkpoint, so that banks alone can hold what is made from it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,9 +24,11 @@ ITERATIONS = 40
 LEAST = 0.02  # share of an image that is beyond its field of view, if any is
 MARGIN = 1.2  # of the foreground's reach, within which all is scaled alike,
 BORDER = 0.8  # but no more than this share of the way to the border
+POOLED = 2.0  # cases at the mean of all that a group's mean counts besides its
 
 
-class Anatomy(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
   """Real cases that synthetic ones may start from.
 
   Attributes:
@@ -38,22 +41,82 @@ class Anatomy(NamedTuple):
   mask: np.ndarray
   group: np.ndarray
 
+  @functools.cached_property
+  def _sizes(self) -> np.ndarray:
+    """Logarithms of every class's area: [n, classes]."""
+    classes = range(1, int(self.mask.max(initial=1)) + 1)
+    areas = [(self.mask == c).sum((1, 2)) for c in classes]
+    return np.log1p(np.stack(areas, axis=1))
+
+  def share_of_masks(self, group: int) -> np.ndarray:
+    """Chance of every case's mask to be drawn for a group: [n], of sum 1.
+
+    Masks of all groups serve, as often as the group has such. With logarithms x
+    of the classes' areas normal in every group h, of n_h of n cases and with
+    one covariance, it is in proportion to
+
+      N(x; m_g, S) / sum_h n_h / n N(x; m_h, S).
+
+    Of a group without a case all are as likely.
+
+    Args:
+      group: its index.
+    """
+    number = len(self._sizes)
+    if not (self.group == group).any():
+      return np.full(number, 1 / number)
+    centre = self._sizes.mean(0)
+    spread = np.zeros((len(centre), len(centre)))
+    logs, share = {}, {}
+    for g in np.unique(self.group):
+      own = self._sizes[self.group == g]
+      share[g] = len(own) / number
+      logs[g] = (own.sum(0) + POOLED * centre) / (len(own) + POOLED)
+      spread += share[g] * np.cov(own.T, bias=True)
+    inverse = np.linalg.inv(spread + 1e-3 * np.eye(len(centre)))
+    for g, mean in logs.items():
+      x = self._sizes - mean
+      logs[g] = -0.5 * np.einsum("ni,ij,nj->n", x, inverse, x)
+    highest = functools.reduce(np.maximum, logs.values())
+    mixture = sum(share[g] * np.exp(logs[g] - highest) for g in logs)
+    odds = np.exp(logs[group] - highest) / mixture
+    return odds / odds.sum()
+
   def draw_masks(
-    self, seed: int | Sequence[int], number: np.ndarray
+    self, seed: int | Sequence[int], number: np.ndarray, group: np.ndarray
   ) -> np.ndarray:
-    """Masks of patients of any group, flipped and turned a little.
+    """Masks as a group has them, of any patient, flipped and turned a little.
 
     Args:
       seed: of all randomness.
       number: of the synthetic cases [m]; each depends on its own alone.
+      group: [m].
 
     Returns:
       uint8 [m, H, W].
     """
     masks = np.empty((len(number), *self.mask.shape[1:]), np.uint8)
+    share = {g: self.share_of_masks(g) for g in np.unique(group)}
     for row, rng in enumerate(_generators(seed, number, 0)):
-      masks[row] = _turned(rng, self.mask[rng.integers(len(self.mask))])[0]
+      case = rng.choice(len(self.mask), p=share[group[row]])
+      masks[row] = _turned(self.mask[case], _turn(rng, masks[row].shape))
     return masks
+
+  def draw_patients(
+    self, seed: int | Sequence[int], number: np.ndarray, group: np.ndarray
+  ) -> np.ndarray:
+    """Which cases `draw_images` warps: their indices [m]; see there."""
+    return np.array(
+      [
+        self._patient(rng, g)
+        for rng, g in zip(_generators(seed, number, 1), group, strict=True)
+      ],
+      int,
+    )
+
+  def _patient(self, rng, group):
+    own = np.flatnonzero(self.group == group)
+    return rng.choice(own if len(own) else len(self.group))
 
   def draw_images(
     self,
@@ -75,12 +138,10 @@ class Anatomy(NamedTuple):
     """
     images = np.empty((len(mask), *self.image.shape[1:]), np.uint8)
     for row, rng in enumerate(_generators(seed, number, 1)):
-      own = np.flatnonzero(self.group == group[row])
-      case = rng.choice(own if len(own) else len(self.group))
-      known, image = _turned(rng, self.mask[case], self.image[case])
-      images[row] = in_field(
-        warp(image, known, mask[row]), beyond_field(self.image[case])
-      )
+      case = self._patient(rng, group[row])
+      turn = _turn(rng, mask[row].shape)
+      image = warp(self.image[case], self.mask[case], mask[row], turn)
+      images[row] = in_field(image, beyond_field(self.image[case]))
     return images
 
 
@@ -89,49 +150,76 @@ def _generators(seed, number, purpose: int):
     yield np.random.default_rng([*np.atleast_1d(seed), int(n), purpose])
 
 
-def _turned(rng, mask, image=None):
-  """A case flipped and turned, about the image's centre."""
-  height, width = mask.shape
+def _turn(rng, shape) -> np.ndarray:
+  """Takes x and y to those of an image flipped and turned about its centre."""
+  height, width = shape
   matrix = cv2.getRotationMatrix2D(
     ((width - 1) / 2, (height - 1) / 2), rng.uniform(-TURN, TURN), 1
   )
   if rng.random() < 0.5:
     matrix[:, 2] += matrix[:, 0] * (width - 1)
     matrix[:, 0] *= -1
+  return matrix
 
-  def turn(values):
-    return cv2.warpAffine(
-      values,
+
+def _turned(mask: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+  """A mask after `_turn`."""
+  # Distances to the edges turn into smooth edges, classes into jagged ones.
+  classes = np.unique(mask)
+  depth = [
+    cv2.warpAffine(
+      _distance(mask == c),
       matrix,
-      (width, height),
+      mask.shape[::-1],
       flags=cv2.INTER_CUBIC,
       borderMode=cv2.BORDER_REFLECT_101,
     )
-
-  # Distances to the edges turn into smooth edges, classes into jagged ones.
-  classes = np.unique(mask)
-  depth = [turn(_distance(mask == c)) for c in classes]
-  mask = classes[np.argmax(depth, 0)]
-  return mask, None if image is None else turn(image)
+    for c in classes
+  ]
+  return classes[np.argmax(depth, 0)]
 
 
-def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
+def warp(
+  image: np.ndarray,
+  mask: np.ndarray,
+  target: np.ndarray,
+  turn: np.ndarray | None = None,
+) -> np.ndarray:
   """An image whose mask becomes another one, as nearly as a smooth map can.
 
   Demons (Thirion 1998) between the signed distances to the edges of every
-  class, from a shift and a scale that match the foregrounds.
+  class, from a shift and a scale that match the foregrounds. The image is
+  interpolated once, for that costs grain and sharp edges.
 
   Args:
     image: uint8 [H, W], or RGB [H, W, 3].
     mask: uint8 [H, W], its classes; 0 is background.
     target: uint8 [H, W], those it shall have.
+    turn: affine map [2, 3] of x and y that comes before; None for none.
 
   Returns:
-    uint8, of the image's shape; itself where a mask has no foreground.
+    uint8, of the image's shape; but for `turn` itself where a mask has no
+    foreground.
   """
-  if not (mask.any() and target.any()):
-    return image
+  turn = np.eye(2, 3) if turn is None else turn
+  rows, columns = _correspondence(_turned(mask, turn), target)
+  (a, b, c), (d, e, f) = cv2.invertAffineTransform(turn)
+  return cv2.remap(
+    image,
+    (a * columns + b * rows + c).astype(np.float32),
+    (d * columns + e * rows + f).astype(np.float32),
+    cv2.INTER_LANCZOS4,
+    borderMode=cv2.BORDER_REFLECT_101,
+  )
+
+
+def _correspondence(
+  mask: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows and columns [H, W] of a mask for every pixel of another one."""
   height, width = mask.shape
+  if not (mask.any() and target.any()):
+    return tuple(np.indices(mask.shape, np.float32))
   scale = min(1.0, GRID / max(height, width))
   size = (max(round(width * scale), 1), max(round(height * scale), 1))
   source, wanted = (
@@ -161,9 +249,7 @@ def warp(image: np.ndarray, mask: np.ndarray, target: np.ndarray) -> np.ndarray:
   # Centres of pixels, of the grid and of the image.
   rows = (rows + 0.5) * (height / size[1]) - 0.5
   columns = (columns + 0.5) * (width / size[0]) - 0.5
-  return cv2.remap(
-    image, columns, rows, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101
-  )
+  return rows, columns
 
 
 def beyond_field(image: np.ndarray) -> np.ndarray:

@@ -160,7 +160,7 @@ def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
     real = np.zeros(len(number), bool)
     if anatomy and config.masks != "generated":
       real = (config.masks == "real") | (number % 2 == 0)
-      masks[real] = anatomy.draw_masks(seed, number[real])
+      masks[real] = anatomy.draw_masks(seed, number[real], group[real])
     pending = np.flatnonzero(~real)
     for attempt in range(config.max_attempts):
       if not len(pending):
