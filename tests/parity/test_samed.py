@@ -170,7 +170,9 @@ def test_grey_images_are_repeated(small):
   apply = jax.jit(SMALL.apply)
   found = apply(small, image)
   assert found.shape == (2, 16, 16, 3)
-  np.testing.assert_array_equal(found, apply(small, image.repeat(3, axis=-1)))
+  repeated = apply(small, image.repeat(3, axis=-1))
+  # Two programs, which may round otherwise.
+  assert relative_error(found, repeated) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 48, 3), (1, 64, 64, 2), (64, 64, 3)])
