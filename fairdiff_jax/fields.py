@@ -353,7 +353,7 @@ FIELDS: dict[str, Any] = dict(
   bank=dict(
     every=_whole(500, "steps between refills; 0 = filled once", 0),
     masks=_choice(
-      "generated", "or real ones of any group, or half each", "real", "both"
+      "generated", "or real ones like the group's, or half each", "real", "both"
     ),
     strength=_real(
       1.0,

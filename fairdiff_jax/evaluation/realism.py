@@ -3,7 +3,9 @@
 Statistics of every case say what could betray it: sharpness of edges, contrast,
 grain, vessels, sizes. A small classifier that is given all of them tries to
 tell synthetic cases from real ones; the area under its curve (AUC) is .5 where
-it cannot. Lengths are pixels of a 64-pixel image, intensities in [-1, 1].
+it cannot. It is asked about patients that it has not seen: images made from
+nine would else be known by whom they show, be they as real as those. Lengths
+are pixels of a 64-pixel image, intensities in [-1, 1].
 
 Distances between sets of feature vectors say the same of any features: those
 of Frechet (Heusel et al. 2017), of kernels (Binkowski et al. 2018), of nearest

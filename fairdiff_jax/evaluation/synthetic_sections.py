@@ -75,9 +75,10 @@ def realism(results: Results) -> Section | None:
   note = (
     "A small classifier that sees the statistics below tries to tell synthetic"
     " from real test cases: AUC 0.5 is chance, 1 is certain; a dash where a"
-    f" group has fewer than {MIN_CASES} of either. Ratios of means over cases,"
-    f" with 95% intervals; those beyond {REALISTIC[0]} to {REALISTIC[1]} are"
-    " coloured."
+    f" group has fewer than {MIN_CASES} of either. It is asked about patients"
+    " that it has not seen, also where images are made from real ones. Ratios"
+    " of means over cases, with 95% intervals; those beyond"
+    f" {REALISTIC[0]} to {REALISTIC[1]} are coloured."
   )
   body = table("Realism by group", ["", *found], blocks)
   body += _features(found) + _clouds(found)
