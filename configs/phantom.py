@@ -22,9 +22,9 @@ def get_config(variant: str = ""):
   config.data.validation = 0.2  # which leaves 100
   shrink_points(config)
 
-  config.train.steps = 700
-  config.train.image = (300 / 700, 1.0)
-  config.train.segmenter = (400 / 700, 1.0)
+  config.train.steps = 800
+  config.train.image = (200 / 800, 1.0)
+  config.train.segmenter = (300 / 800, 1.0)
   config.bank.every = 150
   config.bank.masks = "both"
   config.bank.strength = 0.1  # more would cost grain and vessels

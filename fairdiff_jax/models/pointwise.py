@@ -24,22 +24,29 @@ def dot_general(
   Args:
     x: [..., C1, ..., Cn].
     kernel: [C1, ..., Cn, ...].
-    dimension_numbers: the contraction of these n axes; no batch.
+    dimension_numbers: the contraction of these n axes, in order; no batch.
     options: of `jax.lax.dot_general`.
   """
   (contracted, _), _ = dimension_numbers
+  kept = x.shape[: x.ndim - len(contracted)]
+  features = math.prod(x.shape[len(kept) :])
+  out = kernel.shape[len(contracted) :]
+  # Kernels of several axes would be copied, transposed, for the gradient of x.
+  x = x.reshape(*kept, features)
+  kernel = kernel.reshape(features, -1)
   dot = partial(
-    jax.lax.dot_general, dimension_numbers=dimension_numbers, **options
+    jax.lax.dot_general,
+    dimension_numbers=(((len(kept),), (0,)), ((), ())),
+    **options,
   )
-  if x.ndim - len(contracted) < 2:
-    return dot(x, kernel)
-  features = math.prod(x.shape[axis] for axis in contracted)
 
   def on_rows(x, gradient):
     rows = x.reshape(-1, features)
     return rows.T @ gradient.reshape(len(rows), -1)
 
-  return with_kernel_gradient(dot, on_rows)(x, kernel)
+  if len(kept) > 1:
+    dot = with_kernel_gradient(dot, on_rows)
+  return dot(x, kernel).reshape(*kept, *out)
 
 
 Dense = partial(nn.Dense, dot_general=dot_general)
