@@ -140,8 +140,7 @@ class Anatomy:
     for row, rng in enumerate(_generators(seed, number, 1)):
       case = self._patient(rng, group[row])
       turn = _turn(rng, mask[row].shape)
-      image = warp(self.image[case], self.mask[case], mask[row], turn)
-      images[row] = in_field(image, beyond_field(self.image[case]))
+      images[row] = warp(self.image[case], self.mask[case], mask[row], turn)
     return images
 
 
@@ -189,7 +188,9 @@ def warp(
 
   Demons (Thirion 1998) between the signed distances to the edges of every
   class, from a shift and a scale that match the foregrounds. The image is
-  interpolated once, for that costs grain and sharp edges.
+  interpolated once, for that costs grain and sharp edges. It keeps its field of
+  view: what lies beyond is black, and what was beyond but is no longer is
+  continued from the nearest pixel that was not.
 
   Args:
     image: uint8 [H, W], or RGB [H, W, 3].
@@ -198,19 +199,30 @@ def warp(
     turn: affine map [2, 3] of x and y that comes before; None for none.
 
   Returns:
-    uint8, of the image's shape; but for `turn` itself where a mask has no
-    foreground.
+    uint8, of the image's shape; where a mask has no foreground, only turned.
   """
   turn = np.eye(2, 3) if turn is None else turn
   rows, columns = _correspondence(_turned(mask, turn), target)
   (a, b, c), (d, e, f) = cv2.invertAffineTransform(turn)
-  return cv2.remap(
-    image,
+  from_ = (
     (a * columns + b * rows + c).astype(np.float32),
     (d * columns + e * rows + f).astype(np.float32),
-    cv2.INTER_LANCZOS4,
-    borderMode=cv2.BORDER_REFLECT_101,
   )
+  border = cv2.BORDER_REFLECT_101
+  found = cv2.remap(image, *from_, cv2.INTER_LANCZOS4, borderMode=border)
+  beyond = beyond_field(image, mask)
+  if not beyond.any():
+    return found
+  edge = np.ones((9, 9), np.uint8)  # where interpolation mixes both
+  mixed = cv2.dilate(beyond.astype(np.uint8), edge)
+  mixed = cv2.remap(mixed, *from_, cv2.INTER_NEAREST, borderMode=border) > 0
+  if not mixed.all():
+    nearest = ndimage.distance_transform_edt(
+      mixed, return_distances=False, return_indices=True
+    )
+    found = found[tuple(nearest)]
+  found[beyond] = 0
+  return found
 
 
 def _correspondence(
@@ -252,44 +264,24 @@ def _correspondence(
   return rows, columns
 
 
-def beyond_field(image: np.ndarray) -> np.ndarray:
+def beyond_field(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
   """What of an image lies outside of its field of view: bool [H, W].
 
-  It is unlit and reaches the image's border; less of it than `LEAST` of the
-  image is a shadow, and none.
+  It is unlit and reaches the image's border. Less of it than `LEAST` of the
+  image is a shadow, and what touches the foreground is a dark background.
 
   Args:
     image: uint8 [H, W], or RGB [H, W, 3].
+    mask: uint8 [H, W], its classes; 0 is background.
   """
   unlit = (np.atleast_3d(image).max(-1) <= UNLIT).astype(np.uint8)
   _, label = cv2.connectedComponents(unlit)
   border = (label[0], label[-1], label[:, 0], label[:, -1])
   found = np.isin(label, np.unique(np.concatenate(border))) & (unlit > 0)
-  return found if found.mean() >= LEAST else np.zeros_like(found)
-
-
-def in_field(image: np.ndarray, beyond: np.ndarray) -> np.ndarray:
-  """An image with the field of view of another one.
-
-  What lies beyond is black, and what was beyond the image's own is continued
-  from the nearest pixel that is not.
-
-  Args:
-    image: uint8 [H, W], or RGB [H, W, 3].
-    beyond: as `beyond_field` gives it, bool [H, W].
-  """
-  if not beyond.any():
-    return image
-  edge = np.ones((5, 5), np.uint8)  # where interpolation mixes both
-  own = cv2.dilate(beyond_field(image).astype(np.uint8), edge) > 0
-  if not own.all():
-    nearest = ndimage.distance_transform_edt(
-      own, return_distances=False, return_indices=True
-    )
-    image = image[tuple(nearest)]
-  image = image.copy()
-  image[beyond] = 0
-  return image
+  beside = cv2.dilate(found.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+  if found.mean() < LEAST or (beside & (mask > 0)).any():
+    return np.zeros_like(found)
+  return found
 
 
 def _match(source, wanted) -> np.ndarray:
