@@ -1,12 +1,15 @@
 """Metadata of fairdiff_jax; exact versions are pinned in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+INIT = Path("fairdiff_jax/__init__.py").read_text(encoding="utf-8")
+
 setup(
   name="fairdiff_jax",
-  version="0.1.0",
+  version=re.search('__version__ = "(.+)"', INIT)[1],
   description="Joint training of FairDiff's three networks in JAX.",
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",

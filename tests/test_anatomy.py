@@ -177,6 +177,8 @@ def test_masks_of_all_serve_a_group_as_often_as_it_has_such():
       spread = np.sqrt(share @ (of - mean) ** 2)
       assert spread == pytest.approx(real.std(), rel=0.25)
   np.testing.assert_allclose(anatomy.share_of_masks(3), 0.01)
+  empty = dataclasses.replace(anatomy, mask=np.zeros_like(mask))
+  np.testing.assert_allclose(empty.share_of_masks(0), 0.01)
 
 
 def test_patients_are_those_whose_images_are_warped(anatomy):

@@ -44,9 +44,9 @@ class Anatomy:
   @functools.cached_property
   def _sizes(self) -> np.ndarray:
     """Logarithms of every class's area: [n, classes]."""
-    classes = range(1, int(self.mask.max(initial=1)) + 1)
-    areas = [(self.mask == c).sum((1, 2)) for c in classes]
-    return np.log1p(np.stack(areas, axis=1))
+    counts = [np.bincount(mask.ravel(), minlength=256) for mask in self.mask]
+    areas = np.stack(counts)[:, 1:]
+    return np.log1p(areas[:, areas.any(0)])
 
   def share_of_masks(self, group: int) -> np.ndarray:
     """Chance of every case's mask to be drawn for a group: [n], of sum 1.
