@@ -22,6 +22,13 @@ def anatomy():
   return Anatomy(image, mask, group)
 
 
+def flat(anatomy):
+  """Every patient's image of one level [12] of its own."""
+  level = (20 * np.arange(12)).astype(np.uint8)
+  image = np.broadcast_to(level[:, None, None], anatomy.image.shape)
+  return level, dataclasses.replace(anatomy, image=np.ascontiguousarray(image))
+
+
 def dice(a, b):
   return 2 * (a & b).sum() / (a.sum() + b.sum())
 
@@ -118,10 +125,7 @@ def test_a_case_depends_on_its_number_alone(anatomy):
 
 
 def test_images_are_those_of_the_group(anatomy):
-  """Every patient's image is of one level of its own."""
-  level = (20 * np.arange(12)).astype(np.uint8)
-  flat = np.broadcast_to(level[:, None, None], anatomy.image.shape)
-  known = dataclasses.replace(anatomy, image=np.ascontiguousarray(flat))
+  level, known = flat(anatomy)
   number = np.arange(40)
   masks = known.draw_masks(0, number, number % 3)
   for group in range(3):
@@ -147,9 +151,10 @@ def test_a_turned_edge_stays_smooth():
   known = Anatomy(mask[None], mask[None], np.zeros(1, int))
 
   def outline(mask):
-    (found,) = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[
-      0
-    ]
+    contours, _ = cv2.findContours(
+      mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+    )
+    (found,) = contours
     return cv2.arcLength(found, closed=True)
 
   turned = known.draw_masks(0, np.arange(40), np.zeros(40, int))
@@ -182,9 +187,7 @@ def test_masks_of_all_serve_a_group_as_often_as_it_has_such():
 
 
 def test_patients_are_those_whose_images_are_warped(anatomy):
-  level = (20 * np.arange(12)).astype(np.uint8)
-  flat = np.broadcast_to(level[:, None, None], anatomy.image.shape)
-  known = dataclasses.replace(anatomy, image=np.ascontiguousarray(flat))
+  level, known = flat(anatomy)
   number, group = np.arange(20), np.arange(20) % 4
   masks = known.draw_masks(0, number, group)
   images = known.draw_images(0, number, group, masks)

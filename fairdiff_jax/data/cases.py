@@ -62,6 +62,11 @@ class Cases(NamedTuple):
   intensity: np.ndarray | None = None
   split: str = "train"
 
+  @property
+  def whose(self) -> Sequence[str]:
+    """Names of the n cases' patients; of a patient's only case, its own."""
+    return self.patient or self.name
+
   def none(self, split: str) -> Self:
     """No case, of a split, but otherwise as these."""
     rows = {key: getattr(self, key)[:0] for key in ("image", "mask", "points")}

@@ -143,11 +143,7 @@ def _of_table(config: Any) -> dict[str, Any]:
       f"data.split={config.split!r} is for npz files; a table has its column"
       " split"
     )
-  settings = of_source(
-    path.resolve(),
-    None,
-    **arguments(config),
-  )
+  settings = of_source(path.resolve(), None, **arguments(config))
   settings["split"] = "column split"
   if not path.is_file():
     return settings

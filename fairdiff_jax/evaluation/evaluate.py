@@ -83,9 +83,11 @@ def _patients(train: Cases, case: np.ndarray) -> np.ndarray:
     train: the training cases.
     case: as `synthesize` gives them [n].
   """
-  known = train.patient or train.name
   return np.array(
-    [known[c] if c >= 0 else f"synthetic {i}" for i, c in enumerate(case)], str
+    [
+      train.whose[c] if c >= 0 else f"synthetic {i}" for i, c in enumerate(case)
+    ],
+    str,
   )
 
 

@@ -190,7 +190,7 @@ class Privacy:
   def __init__(self, train: Cases, see=None):
     require_training(train, "the comparison with real patients")
     self.train, self._see = train, see
-    names = np.array(train.patient or train.name)
+    names = np.array(train.whose)
     patient = np.unique(names, return_inverse=True)[1]
     if len(np.unique(names)) < FEWEST:
       raise ValueError(
@@ -270,7 +270,7 @@ class Privacy:
     """
     vectors = self.vectors(image, mask)
     others = self.vectors(held_out.image, held_out.mask)
-    people = [np.array(c.patient or c.name) for c in (self.train, held_out)]
+    people = [np.array(c.whose) for c in (self.train, held_out)]
     spaces, found = {}, {}
     for name, made in vectors.items():
       space = self.spaces[name]

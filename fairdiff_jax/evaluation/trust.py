@@ -36,7 +36,7 @@ def realism_of(
     "image": test.image,
     "mask": test.mask,
     "group": group,
-    "patient": np.array(test.patient or test.name),
+    "patient": np.array(test.whose),
     "features": None,
   }
   result = realism.compare(real, synthetic, test.domain.regions, names)
@@ -72,7 +72,7 @@ def privacy_of(
     Source -> what `Privacy.measure` gives, and the nearest pairs; nothing with
     too few patients, or fewer than `MIN_CASES` cases of a source.
   """
-  few = len({*(train.patient or train.name)}) < privacy.FEWEST
+  few = len({*train.whose}) < privacy.FEWEST
   if few or any(len(c.image) < realism.MIN_CASES for c in sources.values()):
     return {}, {}
   against = privacy.Privacy(train, see)

@@ -105,7 +105,7 @@ def _highest_forward(x):
   # Computed once: with other rounding no position would equal its maximum.
   x = jax.lax.optimization_barrier(x)
   highest = jnp.max(x, axis=1)
-  position = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  position = jnp.arange(x.shape[1])[:, None]
   reached = jnp.where(x == highest[:, None], position, x.shape[1] - 1)
   return highest, (jnp.min(reached, axis=1), position)
 
@@ -190,9 +190,8 @@ class BatchNorm(nn.Module):
     weight = weight.astype(jnp.float32).reshape(-1, *(1,) * (x.ndim - 1))
     axis_name = None if self.is_initializing() else self.axis_name
     if self.highest:
-      values = x.astype(jnp.float32)
       count, _, batch_mean, batch_var = _moments(
-        axis_name, values, weight, (mean, var)
+        axis_name, x.astype(jnp.float32), weight, (mean, var)
       )
       y = normalised(batch_mean, batch_var)
     else:

@@ -48,6 +48,28 @@ class Anatomy:
     areas = np.stack(counts)[:, 1:]
     return np.log1p(areas[:, areas.any(0)])
 
+  @functools.cached_property
+  def _shares(self) -> dict[int, np.ndarray]:
+    """`share_of_masks` of every group that has a case."""
+    number, centre = len(self._sizes), self._sizes.mean(0)
+    spread = np.zeros((len(centre), len(centre)))
+    means, prior = {}, {}
+    for g in np.unique(self.group):
+      own = self._sizes[self.group == g]
+      prior[g] = len(own) / number
+      means[g] = (own.sum(0) + POOLED * centre) / (len(own) + POOLED)
+      spread += prior[g] * np.cov(own.T, bias=True)
+    inverse = np.linalg.inv(spread + 1e-3 * np.eye(len(centre)))
+    logs = {}
+    for g, mean in means.items():
+      x = self._sizes - mean
+      logs[g] = -0.5 * np.einsum("ni,ij,nj->n", x, inverse, x)
+    highest = functools.reduce(np.maximum, logs.values())
+    density = {g: np.exp(log - highest) for g, log in logs.items()}
+    mixture = sum(prior[g] * density[g] for g in density)
+    odds = {g: of / mixture for g, of in density.items()}
+    return {g: of / of.sum() for g, of in odds.items()}
+
   def share_of_masks(self, group: int) -> np.ndarray:
     """Chance of every case's mask to be drawn for a group: [n], of sum 1.
 
@@ -62,25 +84,9 @@ class Anatomy:
     Args:
       group: its index.
     """
-    number = len(self._sizes)
-    if not (self.group == group).any():
-      return np.full(number, 1 / number)
-    centre = self._sizes.mean(0)
-    spread = np.zeros((len(centre), len(centre)))
-    logs, share = {}, {}
-    for g in np.unique(self.group):
-      own = self._sizes[self.group == g]
-      share[g] = len(own) / number
-      logs[g] = (own.sum(0) + POOLED * centre) / (len(own) + POOLED)
-      spread += share[g] * np.cov(own.T, bias=True)
-    inverse = np.linalg.inv(spread + 1e-3 * np.eye(len(centre)))
-    for g, mean in logs.items():
-      x = self._sizes - mean
-      logs[g] = -0.5 * np.einsum("ni,ij,nj->n", x, inverse, x)
-    highest = functools.reduce(np.maximum, logs.values())
-    mixture = sum(share[g] * np.exp(logs[g] - highest) for g in logs)
-    odds = np.exp(logs[group] - highest) / mixture
-    return odds / odds.sum()
+    if group in self._shares:
+      return self._shares[group]
+    return np.full(len(self.mask), 1 / len(self.mask))
 
   def draw_masks(
     self, seed: int | Sequence[int], number: np.ndarray, group: np.ndarray
@@ -96,9 +102,9 @@ class Anatomy:
       uint8 [m, H, W].
     """
     masks = np.empty((len(number), *self.mask.shape[1:]), np.uint8)
-    share = {g: self.share_of_masks(g) for g in np.unique(group)}
     for row, rng in enumerate(_generators(seed, number, 0)):
-      case = rng.choice(len(self.mask), p=share[group[row]])
+      share = self.share_of_masks(group[row])
+      case = rng.choice(len(self.mask), p=share)
       masks[row] = _turned(self.mask[case], _turn(rng, masks[row].shape))
     return masks
 
