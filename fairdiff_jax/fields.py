@@ -361,6 +361,11 @@ FIELDS: dict[str, Any] = dict(
       " group",
       *(0, 1),
     ),
+    patients=_whole(1, "real ones in such an image; 2 are blended", 1, 2),
+    candidates=_whole(
+      1,
+      "drawn for each case that is kept, those of the segmenter's highest risk",
+    ),
     batch_size=_whole(64, "cases generated at a time"),
     harmonics=_whole(
       0, "of the smooth curve fitted to each contour; 0 = as drawn", 0

@@ -8,7 +8,12 @@ import pytest
 
 from fairdiff_jax.data import phantom
 from fairdiff_jax.data.statistics import UNLIT
-from fairdiff_jax.synthesis.anatomy import Anatomy, beyond_field, warp
+from fairdiff_jax.synthesis.anatomy import (
+  Anatomy,
+  beyond_field,
+  blend,
+  warp,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,75 @@ def test_structures_side_by_side_and_rings():
     assert dice(moved, target == label) > 0.85
 
 
+def test_a_blend_of_one_eye_with_itself_is_that_eye(anatomy):
+  """But for the variance that it keeps as if they were two."""
+  for image, mask in zip(anatomy.image, anatomy.mask, strict=True):
+    found = blend(np.random.default_rng(0), image, image, mask)
+    y = np.log(np.stack([image, found]) / 127.5 + 0.1)
+    (one, two), of = y, mask == 0
+    assert np.corrcoef(one[of], two[of])[0, 1] > 0.9
+    assert two[of].mean() == pytest.approx(one[of].mean(), abs=0.05)
+  flat = np.full((64, 64), 90, np.uint8)
+  np.testing.assert_array_equal(
+    blend(np.random.default_rng(0), flat, flat, anatomy.mask[0]), flat
+  )
+
+
+def test_a_blend_keeps_levels_and_grain(anatomy):
+  """Levels are the first's; noise of both has the variance of either."""
+  rng = np.random.default_rng(0)
+  mask = anatomy.mask[0]
+  level = np.array([60, 110, 170])[mask]
+  one = np.clip(rng.normal(level, 6), 0, 255).astype(np.uint8)
+  two = np.clip(rng.normal(level / 2, 3), 0, 255).astype(np.uint8)
+  for colour in (lambda x: x, lambda x: np.repeat(x[..., None], 3, axis=-1)):
+    found = np.stack(
+      [blend(rng, colour(one), colour(two), mask) for _ in range(40)]
+    ).astype(float)
+    for label in (0, 1, 2):
+      region = found[:, mask == label]
+      expected = one[mask == label].astype(float)
+      assert region.mean() == pytest.approx(expected.mean(), rel=0.03)
+    grain = (found - found.mean(0))[:, mask == 0].std()
+    assert found[:, mask == 0].std() == pytest.approx(6, rel=0.2)
+    assert grain > 2  # every one is another
+
+
+def test_a_blend_has_the_field_of_view_of_the_first(anatomy):
+  rows, columns = np.indices((64, 64)) - 31.5
+  wide, narrow = (np.hypot(rows, columns) > radius for radius in (33, 29))
+  image = np.maximum(anatomy.image[:2], 20)
+  one, two = (
+    np.where(b, 2, i) for b, i in zip((wide, narrow), image, strict=True)
+  )
+  mask = anatomy.mask[0]
+  mask = np.where(narrow, 0, mask).astype(np.uint8)
+  for a, b, beyond in ((one, two, wide), (two, one, narrow)):
+    for seed in range(5):
+      found = blend(np.random.default_rng(seed), np.uint8(a), np.uint8(b), mask)
+      np.testing.assert_array_equal(found[beyond], 0)
+      assert (found[~beyond] <= UNLIT).mean() < 0.002
+
+
+def test_blends_are_of_two_the_first_of_the_group(anatomy):
+  known = dataclasses.replace(anatomy, patients=2)
+  number, group = np.arange(60), np.arange(60) % 3
+  patients = known.draw_patients(0, number, group)
+  assert patients.shape == (60, 2)
+  np.testing.assert_array_equal(known.group[patients[:, 0]], group)
+  assert (patients[:, 0] != patients[:, 1]).all()
+  same = known.group[patients[:, 1]] == group
+  assert 0.4 < same.mean() < 0.9
+  masks = known.draw_masks(0, number, group)
+  images = known.draw_images(0, number, group, masks)
+  one = dataclasses.replace(anatomy).draw_images(0, number, group, masks)
+  assert np.abs(images.astype(float) - one).mean() > 1
+  alone = Anatomy(
+    anatomy.image[:1], anatomy.mask[:1], anatomy.group[:1], patients=2
+  )
+  assert alone.draw_patients(0, number[:2], group[:2]).tolist() == [[0, 0]] * 2
+
+
 def test_without_a_foreground_nothing_is_warped(anatomy):
   empty = np.zeros((64, 64), np.uint8)
   for mask, target in ((empty, anatomy.mask[0]), (anatomy.mask[0], empty)):
@@ -192,4 +266,4 @@ def test_patients_are_those_whose_images_are_warped(anatomy):
   masks = known.draw_masks(0, number, group)
   images = known.draw_images(0, number, group, masks)
   patients = known.draw_patients(0, number, group)
-  np.testing.assert_array_equal(images.max((1, 2)), level[patients])
+  np.testing.assert_array_equal(images.max((1, 2)), level[patients[:, 0]])

@@ -85,7 +85,7 @@ def make_cases():
 def make_state():
   return TrainState(
     step=jnp.int32(0),
-    updates={},
+    updates={"segmenter": jnp.int32(0)},
     params={"network": jnp.zeros(3)},
     ema={"network": jnp.zeros(3)},
     batch_stats={},
@@ -124,7 +124,9 @@ def world(monkeypatch):
       assert set(batch) == parts
       world.steps.append((number, active))
       params = {"network": state.params["network"] + number}
-      return state.replace(step=state.step + 1, params=params, ema=params), {
+      updates = {"segmenter": jnp.int32("segmenter" in active) * (number + 1)}
+      state = state.replace(step=state.step + 1, params=params, ema=params)
+      return state.replace(updates=updates), {
         "loss/total": jnp.float32(world.losses.get(number, 1))
       }
 
@@ -144,7 +146,12 @@ def world(monkeypatch):
   monkeypatch.setattr(session, "setup", setup)
   monkeypatch.setattr(session, "make_step", make_step)
   monkeypatch.setattr(session, "initial_state", lambda *_: make_state())
+
+  def make_risk(run):
+    return lambda inference, cases: cases.image[:, 0, 0] % 3
+
   monkeypatch.setattr(bank, "make_generator", make_generator)
+  monkeypatch.setattr(bank, "_make_risk", make_risk)
   return world
 
 
@@ -632,6 +639,31 @@ def test_unsound_masks_are_left_out_and_counted(tmp_path, world, capsys):
   ]
   assert "1 of 4 masks are still unsound" in notice
   assert "{'Asian': {'no cup': 1}}" in notice
+
+
+@pytest.mark.parametrize("stopped", [None, 9])
+def test_of_candidates_those_of_high_risk_are_kept(tmp_path, world, stopped):
+  """Also where a refill goes on."""
+  # Asian lacks 2 of 5, Black 2: numbers 0 to 5 and 6 to 11, of risk n % 3.
+  world.faults = {5: "no cup", 8: "no cup"}
+  changes = {"bank.candidates": 3}
+  if stopped:
+    world.at["batch", stopped] = asks(signal.SIGTERM)
+    assert run(tmp_path, **changes) is None
+    world.at.clear()
+  assert run(tmp_path, **changes) is not None
+  directory = tmp_path / "bank" / "step_00000004"
+  lines = files.read_json_lines(directory / "manifest.jsonl")
+  assert [line["number"] for line in lines] == [1, 2, 7, 11]
+  assert [line["risk"] for line in lines] == [1, 2, 1, 2]
+  with np.load(directory / "cases.npz") as cases:
+    assert cases["image"][:, 0, 0].tolist() == [1, 2, 7, 11]
+    assert cases["group"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_segmenter_that_has_learned_nothing_has_no_risk(tmp_path, world):
+  assert run(tmp_path, **{"bank.candidates": 3, "bank.every": 0}) is not None
+  assert [number for _, number in world.generated] == [0, 1, 2, 3]
 
 
 def test_a_mask_generator_that_cannot_draw_is_an_error(tmp_path, world):

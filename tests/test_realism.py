@@ -147,6 +147,23 @@ def test_copies_of_few_patients_are_judged_by_others():
   assert judged < 0.65
 
 
+def test_blends_are_judged_by_those_who_do_not_know_the_first():
+  """Though there are patients who are nobody's first."""
+  found = []
+  for seed in range(4):
+    rng = np.random.default_rng(seed)
+    real = rng.normal(size=(150, 12))
+    source = np.stack([np.arange(180) % 9, rng.integers(0, 40, 180)], axis=1)
+    looks = rng.normal(size=(40, 12))
+    blends = 0.95 * looks[source[:, 0]] + 0.3 * looks[source[:, 1]]
+    known = realism.two_sample_auc(real, blends)[0]
+    judged = realism.two_sample_auc(real, blends, source=source)[0]
+    found.append((known, judged))
+  known, judged = np.mean(found, axis=0)
+  assert known > 0.8
+  assert judged < 0.6
+
+
 def test_all_together_have_the_synthetic_proportions():
   found = realism.comparable([*"AAABBBBBBC"], [*"AABD"], "ABCD")
   assert {k: len(v[0]) for k, v in found.items()} == {

@@ -50,8 +50,9 @@ def synthesize(
     anatomy: the training cases; None to make cases of noise alone.
 
   Returns:
-    The cases, their groups [n], the training cases [n] whose images they are
-    warped from, -1 for none, and a sentence for every group that lacks some.
+    The cases, their groups [n], the training cases [n, patients] whose images
+    they are warped from, -1 for none, and a sentence for every group that lacks
+    some.
   """
   run, config = trained.setup, trained.config
   names, attempts = run.objective.group_names, config.bank.max_attempts
@@ -60,7 +61,7 @@ def synthesize(
   cases = make_generator(run, anatomy)(
     *(trained.inference, *drawn, "synthetic cases")
   )
-  patient = np.full(len(group), -1)
+  patient = np.full((len(group), 1), -1)
   if anatomy and config.bank.strength < 1:
     patient = anatomy.draw_patients(*drawn)
   notices = []
@@ -77,15 +78,16 @@ def synthesize(
 
 
 def _patients(train: Cases, case: np.ndarray) -> np.ndarray:
-  """Whose image every synthetic case shows; where nobody's, it is its own.
+  """Whose images every synthetic case shows; where nobody's, it is its own.
 
   Args:
     train: the training cases.
-    case: as `synthesize` gives them [n].
+    case: as `synthesize` gives them [n, patients].
   """
   return np.array(
     [
-      train.whose[c] if c >= 0 else f"synthetic {i}" for i, c in enumerate(case)
+      [train.whose[c] if c >= 0 else f"synthetic {i}" for c in cases]
+      for i, cases in enumerate(case)
     ],
     str,
   )
@@ -174,7 +176,7 @@ def evaluate(
     generated, group, patient, missing = synthesize(
       trained,
       evaluation.synthetic_per_group,
-      Anatomy(train.image, train.mask, train_group),
+      Anatomy(train.image, train.mask, train_group, config.bank.patients),
     )
     notices += missing
     synthetic = {

@@ -158,8 +158,9 @@ def two_sample_auc(
     seed: of folds.
     patient: whose each real case is [n], all of whose are in one fold; None
       where every case is a patient of its own.
-    source: whose image each synthetic case is made from [m], likewise: that
-      a patient is known again is no matter of how real the image looks.
+    source: whose images each synthetic case is made from [m] or [m, S]. A
+      classifier has learned nothing of the first one of those that it judges:
+      that a patient is known again is no matter of how real the image looks.
 
   Returns:
     The AUC, mean over folds, and its interval; NaN where either side has fewer
@@ -171,28 +172,36 @@ def two_sample_auc(
   sides = []
   for number, whose in ((n, patient), (m, source)):
     whose = np.arange(number) if whose is None else np.asarray(whose)
-    sides.append(np.unique(whose, return_inverse=True)[1])
-  patients = [int(who.max(initial=-1)) + 1 for who in sides]
-  if min(n, m) < MIN_CASES or min(patients) < FOLDS:
+    who = np.unique(whose, return_inverse=True)[1]
+    sides.append(who.reshape(number, whose.size // max(number, 1)))
+  if min(n, m) < MIN_CASES or any(
+    len(np.unique(who[:, 0])) < FOLDS for who in sides
+  ):
     return (np.nan,) * 3
   rng = np.random.default_rng(seed)
   x = np.concatenate([real, synthetic]).astype(np.float64)
   label = np.arange(n + m) >= n
   found = []
   for _ in range(REPEATS):
-    fold = np.concatenate(
-      [
-        (rng.permutation(number) % FOLDS)[who]
-        for number, who in zip(patients, sides, strict=True)
-      ]
-    )
+    folds = [_folds(rng, who) for who in sides]
     for k in range(FOLDS):
-      score = _scores(x, label, fold != k)
-      found.append(auc(score[~label[fold == k]], score[label[fold == k]]))
+      judged = np.concatenate([fold[:, 0] == k for fold in folds])
+      train = np.concatenate([(fold != k).all(1) for fold in folds])
+      score = _scores(x, label, train)[judged[~train]]
+      found.append(auc(score[~label[judged]], score[label[judged]]))
   mean, variance = np.mean(found), np.var(found, ddof=1)
   error = np.sqrt((1 / len(found) + 1 / (FOLDS - 1)) * variance)
   half = stats.t.ppf(0.5 + LEVEL / 200, FOLDS - 1) * error
   return float(mean), float(max(mean - half, 0)), float(min(mean + half, 1))
+
+
+def _folds(rng, who) -> np.ndarray:
+  """Folds of cases' patients [n, S], the first of which are in every fold."""
+  first = np.isin(np.arange(who.max() + 1), who[:, 0])
+  fold = np.empty(len(first), int)
+  for some in (first, ~first):
+    fold[some] = rng.permutation(some.sum()) % FOLDS
+  return fold[who]
 
 
 def _scores(x, label, train) -> np.ndarray:
@@ -272,7 +281,8 @@ def compare(
   Args:
     real: `image` uint8 [n, H, W], `mask` [n, H, W], `group` names [n] and, if
       patients have several cases, `patient` [n].
-    synthetic: the same of m cases; `patient` if images are made from patients'.
+    synthetic: the same of m cases; `patient` [m] or [m, S] if images are made
+      from patients'.
     structures: name -> the classes that it consists of.
     groups: names of the groups.
     seed: of folds and resamples.

@@ -76,7 +76,9 @@ def realism(results: Results) -> Section | None:
     "A small classifier that sees the statistics below tries to tell synthetic"
     " from real test cases: AUC 0.5 is chance, 1 is certain; a dash where a"
     f" group has fewer than {MIN_CASES} of either. It is asked about patients"
-    " that it has not seen, also where images are made from real ones. Ratios"
+    " that it has not seen, also where images are made from real ones."
+    " Synthetic cases are as they are drawn; of its own a bank may keep the"
+    " segmenter's hardest (bank.candidates). Ratios"
     " of means over cases, with 95% intervals; those beyond"
     f" {REALISTIC[0]} to {REALISTIC[1]} are coloured."
   )

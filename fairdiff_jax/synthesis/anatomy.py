@@ -1,8 +1,9 @@
 """Real anatomy for synthetic patients: masks, and images warped onto masks.
 
-A warped image shows a real patient's eye in another shape: something to learn
-from, nothing to hand on. It needs the training cases, which lie in no
-checkpoint, so that banks alone can hold what is made from it.
+A warped image shows a real patient's eye in another shape, a blend of two some
+of each: something to learn from, nothing to hand on. It needs the training
+cases, which lie in no checkpoint, so that banks alone can hold what is made
+from it.
 """
 
 import dataclasses
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 
 from fairdiff_jax.data.audit import signed_distance
-from fairdiff_jax.data.statistics import UNLIT
+from fairdiff_jax.data.statistics import DARK, UNLIT
 
 TURN = 15.0  # degrees that a real case is turned by at most, either way
 GRID = 96  # longer side, in pixels, at which displacements are found
@@ -25,6 +26,10 @@ LEAST = 0.02  # share of an image that is beyond its field of view, if any is
 MARGIN = 1.2  # of the foreground's reach, within which all is scaled alike,
 BORDER = 0.8  # but no more than this share of the way to the border
 POOLED = 2.0  # cases at the mean of all that a group's mean counts besides its
+OTHERS = 0.5  # chance that the second patient of a blend is of any group
+PATCH = 8.0  # pixels of a 64-pixel image, standard deviation that smooths where
+SHARP = 4.0  # a blend shows whom, how soon one passes into the other,
+TIPPED = 0.7  # and how much more of an image one may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +40,13 @@ class Anatomy:
     image: uint8 [n, H, W], or RGB [n, H, W, 3].
     mask: uint8 [n, H, W].
     group: int [n], -1 for unknown.
+    patients: how many an image is made from: 1 is warped, 2 are and blended.
   """
 
   image: np.ndarray
   mask: np.ndarray
   group: np.ndarray
+  patients: int = 1
 
   @functools.cached_property
   def _sizes(self) -> np.ndarray:
@@ -111,18 +118,22 @@ class Anatomy:
   def draw_patients(
     self, seed: int | Sequence[int], number: np.ndarray, group: np.ndarray
   ) -> np.ndarray:
-    """Which cases `draw_images` warps: their indices [m]; see there."""
-    return np.array(
-      [
-        self._patient(rng, g)
-        for rng, g in zip(_generators(seed, number, 1), group, strict=True)
-      ],
-      int,
-    )
+    """Whom `draw_images` shows: indices of cases [m, patients]; see there."""
+    drawn = [
+      self._patients(rng, g)
+      for rng, g in zip(_generators(seed, number, 1), group, strict=True)
+    ]
+    return np.array(drawn, int).reshape(-1, self.patients)
 
-  def _patient(self, rng, group):
+  def _patients(self, rng, group) -> list[int]:
+    everyone = np.arange(len(self.group))
     own = np.flatnonzero(self.group == group)
-    return rng.choice(own if len(own) else len(self.group))
+    first = rng.choice(own if len(own) else everyone)
+    if self.patients == 1:
+      return [first]
+    among = everyone if rng.random() < OTHERS else own
+    others = among[among != first]
+    return [first, rng.choice(others) if len(others) else first]
 
   def draw_images(
     self,
@@ -136,7 +147,8 @@ class Anatomy:
     Args:
       seed: of all randomness.
       number: of the synthetic cases [m]; each depends on its own alone.
-      group: [m]; of one without a real case, patients of any are taken.
+      group: [m]; of one without a real case, patients of any are taken. The
+        second patient is another one, with chance `OTHERS` of any group.
       mask: uint8 [m, H, W].
 
     Returns:
@@ -144,9 +156,14 @@ class Anatomy:
     """
     images = np.empty((len(mask), *self.image.shape[1:]), np.uint8)
     for row, rng in enumerate(_generators(seed, number, 1)):
-      case = self._patient(rng, group[row])
-      turn = _turn(rng, mask[row].shape)
-      images[row] = warp(self.image[case], self.mask[case], mask[row], turn)
+      cases = self._patients(rng, group[row])
+      seen = [
+        (self.image[c], self.mask[c], mask[row], _turn(rng, mask[row].shape))
+        for c in cases
+      ]
+      images[row] = warp(*seen[0])
+      if len(seen) > 1:
+        images[row] = blend(rng, images[row], warp(*seen[1]), mask[row])
     return images
 
 
@@ -229,6 +246,56 @@ def warp(
     found = found[tuple(nearest)]
   found[beyond] = 0
   return found
+
+
+def blend(
+  rng: np.random.Generator,
+  first: np.ndarray,
+  second: np.ndarray,
+  mask: np.ndarray,
+) -> np.ndarray:
+  r"""An eye that looks here as one and there as another one of the same mask.
+
+      y = mu_1 + (w r_1 + (1 - w) r_2) / sqrt(w^2 + (1 - w)^2)
+
+  with r = y - mu what an eye's logarithm of brightness, log(image + 1 + DARK),
+  has beyond its mean in every class, and w a smooth random field in [0, 1]. Its
+  variance is kept (Heitz & Neyret 2018): grain, vessels and edges do not fade
+  where both are seen. What of an eye is unlit does not take part.
+
+  Args:
+    rng: of the field.
+    first: uint8 [H, W], or RGB [H, W, 3]; its levels and field of view stay.
+    second: uint8, of the same shape.
+    mask: uint8 [H, W], of both.
+
+  Returns:
+    uint8, of that shape.
+  """
+  share = ndimage.gaussian_filter(
+    rng.standard_normal(mask.shape), PATCH * min(mask.shape) / 64
+  )
+  share = (share - share.mean()) / max(share.std(), 1e-6)
+  share = special.expit(SHARP * (share + TIPPED * rng.standard_normal()))
+  beyond = beyond_field(first, mask)
+  share[beyond_field(second, mask)] = 1
+  levels = np.log(np.arange(256) / 127.5 + DARK)
+  found, rest = [], []
+  for image, unlit in ((first, beyond), (second, beyond_field(second, mask))):
+    y = levels[np.atleast_3d(image)]
+    mean = np.zeros_like(y)
+    for label in np.unique(mask):
+      region = (mask == label) & ~unlit
+      if region.any():
+        soft = cv2.GaussianBlur((mask == label).astype(float), (0, 0), 1)
+        mean += soft[..., None] * y[region].mean(0)
+    found.append(mean)
+    rest.append(y - mean)
+  w = share[..., None]
+  mixed = (w * rest[0] + (1 - w) * rest[1]) / np.hypot(w, 1 - w)
+  bright = (np.exp(found[0] + mixed) - DARK) * 127.5
+  bright[beyond] = 0
+  return np.clip(np.rint(bright), 0, 255).astype(np.uint8).reshape(first.shape)
 
 
 def _correspondence(

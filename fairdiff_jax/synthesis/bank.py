@@ -1,5 +1,11 @@
 """Filling the bank: synthetic cases that a run's segmenter learns from.
 
+A bank holds what its segmenter gets wrong: of `bank.candidates` cases that are
+drawn for each, those of the highest risk, group by group.
+
+    l_i = segmenter's loss of case i, as in the joint objective
+
+Their masks are right by construction, so that a high risk is no wrong label.
 Batches are written as they are made, so that a refill that is stopped goes on
 after the last of them, to the very same bank.
 """
@@ -9,8 +15,10 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -21,6 +29,7 @@ from fairdiff_jax.synthesis.anatomy import Anatomy
 from fairdiff_jax.synthesis.generate import (
   Generated,
   batches,
+  compile_network,
   join,
   make_generator,
   require_sound,
@@ -36,7 +45,7 @@ from fairdiff_jax.training.banks import (
   remedy,
 )
 from fairdiff_jax.training.checkpoint import Inference, fingerprint, split
-from fairdiff_jax.training.mesh import from_first_host
+from fairdiff_jax.training.mesh import from_first_host, to_host
 from fairdiff_jax.training.pools import case_groups
 from fairdiff_jax.training.setup import Setup
 from fairdiff_jax.training.step import TrainState
@@ -60,12 +69,14 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     from this state, else generated from the state's averages and written; None
     if `stop()` gave True between two batches. `say` prints a line.
 
-    A mask that stays unsound is left out, with a notice. It raises ValueError
-    if more than half of a group's are, or the bank that is there is damaged.
+    A mask that stays unsound is left out; if too few are left, with a notice.
+    It raises ValueError if more than half of a group's are unsound, or the bank
+    that is there is damaged.
   """
   require_training(cases, "the bank")
   real_group = case_groups(run.config, cases)
-  anatomy = Anatomy(cases.image, cases.mask, real_group)
+  patients = run.config.bank.patients
+  anatomy = Anatomy(cases.image, cases.mask, real_group, patients)
   real = {
     code: [
       (cases.image[i], cases.mask[i])
@@ -74,6 +85,8 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     for code in range(len(run.objective.group_names))
   }
   generate = make_generator(run, anatomy)
+  candidates = run.config.bank.candidates
+  risk_of = _make_risk(run) if candidates > 1 else None
   names = run.objective.group_names
   shape = tuple(run.config.data.size)
   domain = run.domain
@@ -89,7 +102,10 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     stop: Callable[[], bool],
     say: Callable[[str], None],
   ) -> Synthetic | None:
-    group = np.repeat(np.arange(len(quota), dtype=np.int32), quota)
+    # A segmenter that has learned nothing has none that it gets wrong.
+    judged = risk_of and int(to_host(state.updates["segmenter"])) > 0
+    drawn = np.multiply(quota, candidates if judged else 1)
+    group = np.repeat(np.arange(len(quota), dtype=np.int32), drawn)
     saved = split(state)["inference"]
     source = fingerprint({"averages": saved, "group": group})
     # One host looks, so that all do the same.
@@ -108,16 +124,18 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
         cases = generate(
           inference, seed, np.arange(len(group))[rows], group[rows]
         )
+        number = len(cases.fault)
+        risk = risk_of(inference, cases) if judged else np.zeros(number)
         if first_host:
           path = folder / f"{rows.start // size:05d}.npz"
-          _write_chunk(path, cases)
+          _write_chunk(path, _Judged(*cases, risk))
       if first_host:
         # Mapped: a bank may be larger than memory.
-        none = join([], shape, domain.channels)
+        none = _Judged(*join([], shape, domain.channels), np.empty(0))
         chunks = [none, *(_read(path) for path in _finished(folder))]
-        fault, attempts = (
+        fault, attempts, risk = (
           np.concatenate([getattr(c, name) for c in chunks])
-          for name in ("fault", "attempts")
+          for name in ("fault", "attempts", "risk")
         )
         facts = {
           "synthetic": True,
@@ -125,38 +143,99 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
           "seed": seed,
           "masks": run.config.bank.masks,
           "warped": run.config.bank.strength < 1,  # from real patients
+          "candidates": candidates,
         }
         try:
           unsound = _count_unsound(attempts, fault, group, names)
         except ValueError:
           shutil.rmtree(folder.parent)  # what is changed may be no other state
           raise
-        sound = fault == ""
+        kept = riskiest(np.where(fault == "", risk, np.nan), group, quota)
         cases = [
           {
             "case": i,
             "number": int(number),
             "group": names[group[number]],
             "attempts": int(attempts[number]),
+            "risk": float(risk[number]),
           }
           | facts
-          for i, number in enumerate(np.flatnonzero(sound))
+          for i, number in enumerate(np.flatnonzero(kept))
         ]
         record = facts | {"source": source, "unsound": unsound}
-        picture = _draw(chunks, group, real, names, domain)
-        _write(directory, chunks, group[sound], sizes, cases, record, picture)
+        ends = np.cumsum([len(c.risk) for c in chunks])[:-1]
+        chunks = [
+          (c, rows)
+          for c, rows in zip(chunks, np.split(kept, ends), strict=True)
+        ]
+        picture = _draw(chunks, group[kept], real, names, domain)
+        _write(directory, chunks, group[kept], sizes, cases, record, picture)
         shutil.rmtree(folder.parent)
-        if unsound:
+        if missing := int(np.sum(quota) - kept.sum()):
           say(
-            f"{title}: {int((~sound).sum())} of {len(group)} masks are"
+            f"{title}: {int((fault != '').sum())} of {len(group)} masks are"
             f" still unsound after {run.config.bank.max_attempts} draws each"
-            f" ({unsound}); real cases stand in for them"
+            f" ({unsound}); real cases stand in for {missing}"
           )
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"bank {step}")
     return read_bank(directory, shape, len(names), domain)
 
   return refill
+
+
+class _Judged(NamedTuple):
+  """A batch of `Generated` cases, and the segmenter's risk of each [n]."""
+
+  image: np.ndarray
+  mask: np.ndarray
+  attempts: np.ndarray
+  fault: np.ndarray
+  risk: np.ndarray
+
+
+def _make_risk(run: Setup) -> Callable[[Inference, Generated], np.ndarray]:
+  """Compiles the averaged segmenter's loss of a batch of cases: [n]."""
+  shape, channels = tuple(run.config.data.size), run.domain.channels
+  task = run.objective.tasks["segmenter"]
+
+  def losses(variables, keys, image, mask):
+    batch = {
+      "image": image.reshape(*mask.shape, channels) / 127.5 - 1,
+      "mask": mask,
+      "weight": jnp.ones(len(mask)),
+    }
+    return task.risk(variables, batch, None, False)[0]
+
+  image = shape if channels == 1 else (*shape, channels)
+  call = compile_network(run, "segmenter", losses, image, shape)
+
+  def risk_of(inference, cases):
+    nobody = np.zeros(len(cases.mask), int)  # nothing is drawn here
+    key = jax.random.key(0, impl="threefry2x32")
+    return call(inference, key, nobody, cases.image, cases.mask)
+
+  return risk_of
+
+
+def riskiest(
+  risk: np.ndarray, group: np.ndarray, quota: np.ndarray
+) -> np.ndarray:
+  """Which cases a bank keeps: bool [n].
+
+  Args:
+    risk: of every candidate [n], NaN of those that are of no use.
+    group: of every candidate [n].
+    quota: how many of each group [G] are kept, if there are so many.
+
+  Returns:
+    Those of the highest risk in each group, the earlier ones of equal risk.
+  """
+  kept = np.zeros(len(risk), bool)
+  for code, number in enumerate(quota):
+    rows = np.flatnonzero((group == code) & np.isfinite(risk))
+    kept[rows[np.argsort(-risk[rows], kind="stable")[:number]]] = True
+  return kept
 
 
 def _is_made_from(directory: Path, source: str) -> bool:
@@ -187,17 +266,17 @@ def _finished(folder: Path) -> list[Path]:
   return sorted(folder.glob("*.npz"))
 
 
-def _read(path: Path) -> Generated:
+def _read(path: Path) -> _Judged:
   arrays = array_files.read_npz(path, mapped=True)
-  absent = [name for name in Generated._fields if arrays.get(name) is None]
+  absent = [name for name in _Judged._fields if arrays.get(name) is None]
   if absent:
     raise ValueError(
       f"{path} has no array {absent[0]!r}; {remedy(path.parent)}"
     )
-  return Generated(**arrays)
+  return _Judged(**arrays)
 
 
-def _write_chunk(path: Path, cases: Generated):
+def _write_chunk(path: Path, cases: _Judged):
   with array_files.new_npz(path) as add:
     for name, array in cases._asdict().items():
       add(name, len(array), array.shape[1:], array.dtype, [array])
@@ -207,11 +286,11 @@ def _draw(chunks, group, real, names, domain) -> bytes | None:
   """Some real cases of every group that the bank has, and synthetic ones."""
   made = {code: [] for code in real}
   codes = iter(group)
-  for chunk in chunks:
-    for case in zip(chunk.image, chunk.mask, chunk.sound, strict=True):
+  for chunk, kept in chunks:
+    for i in np.flatnonzero(kept):
       found = made[next(codes)]
-      if len(found) < SHOWN and case[-1]:
-        found.append(case[:2])
+      if len(found) < SHOWN:
+        found.append((chunk.image[i], chunk.mask[i]))
   rows = {
     f"{names[code]}: {len(real[code])} real, then synthetic": real[code] + found
     for code, found in made.items()
@@ -221,14 +300,14 @@ def _draw(chunks, group, real, names, domain) -> bytes | None:
 
 
 def _write(directory: Path, chunks, group, sizes, cases, record, picture):
-  """Writes the sound cases of all chunks, manifest, picture and record."""
-  first = chunks[0]
+  """Writes what is kept of all chunks, manifest, picture and record."""
+  first = chunks[0][0]
   with files.new_directory(directory) as temporary:
     with array_files.new_npz(temporary / CASES) as add:
       for name in ("image", "mask"):
         row, dtype = getattr(first, name).shape[1:], getattr(first, name).dtype
-        sound = (getattr(c, name)[c.sound] for c in chunks)
-        add(name, len(group), row, dtype, sound)
+        found = (getattr(c, name)[kept] for c, kept in chunks)
+        add(name, len(group), row, dtype, found)
       for name, array in (("group", group), ("sizes", sizes)):
         add(name, len(array), (), array.dtype, [array])
     text = "".join(json.dumps(case) + "\n" for case in cases)

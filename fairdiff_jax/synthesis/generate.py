@@ -151,7 +151,7 @@ def _make_mask_generator(run: Setup, anatomy: Anatomy | None):
     def points(variables, keys, group):
       return task.sample(variables, group, keys)
 
-    draw_points = _compile(run, "points", points, ())
+    draw_points = compile_network(run, "points", points, ())
 
   def draw(inference, seed, number, group, wanted):
     masks = np.zeros((len(number), *shape), np.uint8)
@@ -206,7 +206,7 @@ def make_image_generator(
 
   real = shape if channels == 1 else (*shape, channels)
   warped = (real,) if strength < 1 else ()
-  draw_images = _compile(run, "image", images, (), shape, *warped)
+  draw_images = compile_network(run, "image", images, (), shape, *warped)
 
   def draw(inference, seed, number, group, mask):
     # Other noise than that of any attempt at a mask.
@@ -230,8 +230,8 @@ def _key(seed: int | Sequence[int]) -> jax.Array:
   return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
-def _compile(run: Setup, name: str, sample, *shapes) -> Callable:
-  """Compiles a network's sampling for batches of `bank.batch_size`.
+def compile_network(run: Setup, name: str, sample, *shapes) -> Callable:
+  """Compiles what a network does, for batches of `bank.batch_size`.
 
   Args:
     run: set-up of the run.
