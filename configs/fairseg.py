@@ -57,6 +57,8 @@ def _small(config):
   config.bank.every = 250
   config.bank.masks = "both"
   config.bank.strength = 0.1  # more would cost the vessels
+  config.bank.patients = 2
+  config.bank.candidates = 3
   config.checkpoint.every = 500
 
 

@@ -4,18 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 PATIENTS = 100  # to train on
-STEPS = 1000  # of every method's segmenter
-GENERATION = 2200  # of the generators'
+STEPS = 2000  # of every method's segmenter
+GENERATION = 2200  # of the generators', where all of an image is theirs,
+FINISHING = 1200  # and where they finish what real patients begin
 
 REFERENCE, CEILING = "Repeat Sample", "balanced real data"
 
 
-def methods(steps: int, generation: int) -> dict[str, Mapping[str, Any]]:
+def methods(
+  steps: int, generation: int, finishing: int
+) -> dict[str, Mapping[str, Any]]:
   """The methods by name.
 
   Args:
     steps: of every method's segmenter.
-    generation: of the generators.
+    generation: of the generators, where they make images from noise.
+    finishing: of the generators, where they finish warped real ones.
   """
   # Data strategies of a segmenter that learns alone.
   alone = {
@@ -27,33 +31,38 @@ def methods(steps: int, generation: int) -> dict[str, Mapping[str, Any]]:
     "fairness.strategy": "none",
   }
   repeated = alone | {"fairness.strategy": "repeat_sample"}
-  generators = {
+  # Generators first, then one bank, then the segmenter.
+  staged = {
     "train.points": (0, generation),
     "train.image": (3 * generation // 11, generation),
-  }
-  # Generators first, then one bank, then the segmenter.
-  staged = generators | {
     "train.steps": generation + steps,
     "train.segmenter": (generation, generation + steps),
     "bank.every": steps,
     "bank.masks": "generated",
     "bank.strength": 1.0,
+    "bank.candidates": 1,
     "checkpoint.every": generation,
     "fairness.method": "erm",
     "fairness.strategy": "equal_scale",
   }
-  joint = generators | {
-    "train.steps": generation,
-    "train.segmenter": (generation - steps, generation),
+  joint = {
+    "train.points": (0, finishing),
+    "train.image": (finishing // 4, finishing),
+    "train.segmenter": (finishing // 3, finishing // 3 + steps),
+    "train.steps": finishing // 3 + steps,
+    "bank.every": max(steps // 10, 1),
     "fairness.method": "erm",
     "fairness.real_share": 0.5,
   }
-  # A bank of warped real patients, without what a network learns but the
-  # intensities of classes.
+  # A bank of warped real patients, without what a network learns: the image
+  # generator's only step brings the intensities of classes.
   warped = {
     "train.steps": steps,
     "train.points": (0, 0),
-    "train.image": (0, steps),
+    "train.image": (0, 1),
+    "bank.every": max(steps // 10, 1),
+    "bank.patients": 1,
+    "bank.candidates": 1,
     "train.segmenter": (0, steps),
     "bank.masks": "real",
     "bank.strength": 0.0,
@@ -72,6 +81,8 @@ def methods(steps: int, generation: int) -> dict[str, Mapping[str, Any]]:
     "Equal Scale, published": staged | {"fairness.real_share": 0.0},
     "Equal Scale, half real": staged | {"fairness.real_share": 0.5},
     "joint": joint,
+    "joint, not blended": joint | {"bank.patients": 1},
+    "joint, not by risk": joint | {"bank.candidates": 1},
     # What more patients of the rare groups would be worth.
     **{
       f"{REFERENCE}, {added} more": repeated | {"data.phantom.added": added}
@@ -83,8 +94,8 @@ def methods(steps: int, generation: int) -> dict[str, Mapping[str, Any]]:
   return {name: patients | of for name, of in changes.items()}
 
 
-METHODS = methods(STEPS, GENERATION)
-_FEWER = methods(200, 600)  # steps, for a look
+METHODS = methods(STEPS, GENERATION, FINISHING)
+_FEWER = methods(200, 600, 300)  # steps, for a look
 SMALL = {
   REFERENCE: _FEWER[REFERENCE],
   "joint": _FEWER["joint"],
