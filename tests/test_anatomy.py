@@ -142,6 +142,21 @@ def test_a_blend_keeps_levels_and_grain(anatomy):
     assert grain > 2  # every one is another
 
 
+def test_a_blend_is_lit_as_the_first(anatomy):
+  """Where one eye passes into the other no light ends."""
+  mask = anatomy.mask[0]
+  across = np.linspace(-0.5, 0.5, 64)
+  one, two = (
+    np.round(np.exp(np.log(80) + light)).astype(np.uint8)
+    for light in (np.tile(across, (64, 1)), np.tile(-across, (64, 1)))
+  )
+  for seed in range(8):
+    found = blend(np.random.default_rng(seed), one, two, mask)
+    error = np.abs(np.log(found[mask == 0] / one[mask == 0]))
+    apart = np.abs(np.log(two[mask == 0] / one[mask == 0]))
+    assert np.sqrt((error**2).mean()) < 0.3 * np.sqrt((apart**2).mean())
+
+
 def test_a_blend_has_the_field_of_view_of_the_first(anatomy):
   rows, columns = np.indices((64, 64)) - 31.5
   wide, narrow = (np.hypot(rows, columns) > radius for radius in (33, 29))

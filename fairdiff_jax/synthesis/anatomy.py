@@ -30,6 +30,7 @@ OTHERS = 0.5  # chance that the second patient of a blend is of any group
 PATCH = 8.0  # pixels of a 64-pixel image, standard deviation that smooths where
 SHARP = 4.0  # a blend shows whom, how soon one passes into the other,
 TIPPED = 0.7  # and how much more of an image one may have
+LIGHT = 12.0  # and that of how an eye is lit, which is the first's everywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,43 +260,54 @@ def blend(
       y = mu_1 + (w r_1 + (1 - w) r_2) / sqrt(w^2 + (1 - w)^2)
 
   with r = y - mu what an eye's logarithm of brightness, log(image + 1 + DARK),
-  has beyond its mean in every class, and w a smooth random field in [0, 1]. Its
-  variance is kept (Heitz & Neyret 2018): grain, vessels and edges do not fade
-  where both are seen. What of an eye is unlit does not take part.
+  has beyond mu, its mean in every class and what is slow in its background, the
+  light; w is a smooth random field in [0, 1]. The variance is kept (Heitz &
+  Neyret 2018): grain, vessels and edges do not fade where both are seen.
 
   Args:
     rng: of the field.
-    first: uint8 [H, W], or RGB [H, W, 3]; its levels and field of view stay.
+    first: uint8 [H, W], or RGB [H, W, 3]; its levels, its light and its field
+      of view stay.
     second: uint8, of the same shape.
     mask: uint8 [H, W], of both.
 
   Returns:
     uint8, of that shape.
   """
-  share = ndimage.gaussian_filter(
-    rng.standard_normal(mask.shape), PATCH * min(mask.shape) / 64
-  )
+  unit = min(mask.shape) / 64
+  share = ndimage.gaussian_filter(rng.standard_normal(mask.shape), PATCH * unit)
   share = (share - share.mean()) / max(share.std(), 1e-6)
   share = special.expit(SHARP * (share + TIPPED * rng.standard_normal()))
-  beyond = beyond_field(first, mask)
-  share[beyond_field(second, mask)] = 1
-  levels = np.log(np.arange(256) / 127.5 + DARK)
-  found, rest = [], []
-  for image, unlit in ((first, beyond), (second, beyond_field(second, mask))):
-    y = levels[np.atleast_3d(image)]
-    mean = np.zeros_like(y)
-    for label in np.unique(mask):
-      region = (mask == label) & ~unlit
-      if region.any():
-        soft = cv2.GaussianBlur((mask == label).astype(float), (0, 0), 1)
-        mean += soft[..., None] * y[region].mean(0)
-    found.append(mean)
-    rest.append(y - mean)
+  beyond = [beyond_field(image, mask) for image in (first, second)]
+  share[beyond[1]] = 1
+  means, rest = zip(
+    *(
+      _means_and_rest(image, mask, unlit, LIGHT * unit)
+      for image, unlit in zip((first, second), beyond, strict=True)
+    ),
+    strict=True,
+  )
   w = share[..., None]
-  mixed = (w * rest[0] + (1 - w) * rest[1]) / np.hypot(w, 1 - w)
-  bright = (np.exp(found[0] + mixed) - DARK) * 127.5
-  bright[beyond] = 0
+  y = means[0] + (w * rest[0] + (1 - w) * rest[1]) / np.hypot(w, 1 - w)
+  bright = (np.exp(y) - DARK) * 127.5
+  bright[beyond[0]] = 0
   return np.clip(np.rint(bright), 0, 255).astype(np.uint8).reshape(first.shape)
+
+
+def _means_and_rest(image, mask, unlit, slow: float):
+  """mu and r [H, W, C] of `blend`, of what is lit; `slow` in pixels."""
+  y = (np.log(np.arange(256) / 127.5 + DARK))[np.atleast_3d(image)]
+  mean = np.zeros_like(y)
+  for label in np.unique(mask):
+    region = (mask == label) & ~unlit
+    if region.any():
+      soft = cv2.GaussianBlur((mask == label).astype(float), (0, 0), 1)
+      mean += soft[..., None] * y[region].mean(0)
+  seen = ((mask == 0) & ~unlit).astype(float)
+  weight = cv2.GaussianBlur(seen, (0, 0), slow)[..., None]
+  light = cv2.GaussianBlur(seen[..., None] * (y - mean), (0, 0), slow)
+  mean += light.reshape(y.shape) / np.maximum(weight, 1e-3)
+  return mean, y - mean
 
 
 def _correspondence(
