@@ -12,7 +12,7 @@ alone, on real cases, as published). The last three start from weights:
 --config.image.weights=DIR, --config.segmenter.weights=FILE.
 """
 
-from fairdiff_jax.configs.phantom import shrink_points
+from fairdiff_jax.configs.phantom import blend_by_risk, shrink_points
 
 from fairdiff_jax.config import defaults
 
@@ -55,10 +55,7 @@ def _small(config):
   config.train.segmenter = (0.8, 1.0)
   config.train.generation_batch = config.train.segmentation_batch = 16
   config.bank.every = 250
-  config.bank.masks = "both"
-  config.bank.strength = 0.1  # more would cost the vessels
-  config.bank.patients = 2
-  config.bank.candidates = 3
+  blend_by_risk(config)
   config.checkpoint.every = 500
 
 

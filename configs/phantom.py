@@ -22,14 +22,12 @@ def get_config(variant: str = ""):
   config.data.validation = 0.2  # which leaves 100
   shrink_points(config)
 
-  config.train.steps = 800
-  config.train.image = (200 / 800, 1.0)
-  config.train.segmenter = (300 / 800, 1.0)
+  config.train.steps = 1_000
+  config.train.points = (0.0, 0.5)
+  config.train.image = (0.15, 0.5)
+  config.train.segmenter = (0.25, 1.0)
   config.bank.every = 150
-  config.bank.masks = "both"
-  config.bank.strength = 0.1  # more would cost grain and vessels
-  config.bank.patients = 2
-  config.bank.candidates = 3
+  blend_by_risk(config)
   config.checkpoint.every = 300
   config.evaluation.every = 100
   config.evaluation.synthetic_per_group = 32
@@ -53,10 +51,13 @@ def get_config(variant: str = ""):
     config.points.flow_width = 16
     config.points.decoder_widths = (16,)
     config.train.steps = 8
+    config.train.points = (0.0, 1.0)
     config.train.image = (0.0, 1.0)
     config.train.segmenter = (0.25, 1.0)
     config.train.generation_batch = config.train.segmentation_batch = 8
     config.bank.every = 4
+    config.bank.masks = "both"  # so that every network is asked
+    config.bank.strength = 0.1
     config.bank.batch_size = 8
     config.bank.min_solidity = 0.0
     config.checkpoint.every = 3
@@ -64,6 +65,14 @@ def get_config(variant: str = ""):
     config.evaluation.batch_size = 8
     config.evaluation.synthetic_per_group = 4
   return config.lock()
+
+
+def blend_by_risk(config: ConfigDict):
+  """Banks of real eyes in new shapes, those that the segmenter gets wrong."""
+  config.bank.masks = "real"
+  config.bank.strength = 0.0  # what a small generator adds gains nothing
+  config.bank.patients = 2
+  config.bank.candidates = 3
 
 
 def shrink_points(config: ConfigDict):

@@ -51,6 +51,8 @@ def methods(
     "train.segmenter": (finishing // 3, finishing // 3 + steps),
     "train.steps": finishing // 3 + steps,
     "bank.every": max(steps // 10, 1),
+    "bank.masks": "both",
+    "bank.strength": 0.1,
     "fairness.method": "erm",
     "fairness.real_share": 0.5,
   }
@@ -78,11 +80,13 @@ def methods(
     "FEBS": alone | {"fairness.method": "febs"},
     "adversarial": alone | {"fairness.method": "adversarial"},
     "anatomy warp": warped,
+    "anatomy warp, by risk": warped | {"bank.candidates": 3},
+    "anatomy blend": warped | {"bank.patients": 2},
+    "anatomy blend, by risk": warped
+    | {"bank.patients": 2, "bank.candidates": 3},
     "Equal Scale, published": staged | {"fairness.real_share": 0.0},
     "Equal Scale, half real": staged | {"fairness.real_share": 0.5},
     "joint": joint,
-    "joint, not blended": joint | {"bank.patients": 1},
-    "joint, not by risk": joint | {"bank.candidates": 1},
     # What more patients of the rare groups would be worth.
     **{
       f"{REFERENCE}, {added} more": repeated | {"data.phantom.added": added}

@@ -124,7 +124,7 @@ def test_spans_follow_the_steps():
   configs.check(config)
   assert configs.span(config, "points") == (0, 2_000)
   assert configs.span(config, "segmenter") == (1_000, 2_000)
-  assert configs.span(phantom.get_config(), "segmenter") == (300, 800)
+  assert configs.span(phantom.get_config(), "segmenter") == (250, 1000)
   config.train.segmenter = (7, 9)
   assert configs.span(config, "segmenter") == (7, 9)
 
