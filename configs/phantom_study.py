@@ -101,10 +101,13 @@ def methods(
 METHODS = methods(STEPS, GENERATION, FINISHING)
 _FEWER = methods(200, 600, 300)  # steps, for a look
 SMALL = {
-  REFERENCE: _FEWER[REFERENCE],
-  "joint": _FEWER["joint"],
-  "joint, no agreement": _FEWER["joint"] | {"objective.agreement": 0.0},
-  f"{REFERENCE}, 27 more": _FEWER[f"{REFERENCE}, 27 more"],
+  name: _FEWER[name]
+  for name in (
+    REFERENCE,
+    "anatomy blend, by risk",
+    "joint",
+    f"{REFERENCE}, 27 more",
+  )
 }
 # The methods whose generators, up to the step of their only bank, are the
 # same, so that they are trained once.
