@@ -190,6 +190,11 @@ def test_blends_are_of_two_the_first_of_the_group(anatomy):
     anatomy.image[:1], anatomy.mask[:1], anatomy.group[:1], patients=2
   )
   assert alone.draw_patients(0, number[:2], group[:2]).tolist() == [[0, 0]] * 2
+  few = Anatomy(
+    anatomy.image[:3], anatomy.mask[:3], anatomy.group[:3], patients=2
+  )
+  patients = few.draw_patients(0, number, group)  # one of each group
+  assert (patients[:, 0] != patients[:, 1]).all()
 
 
 def test_without_a_foreground_nothing_is_warped(anatomy):

@@ -134,6 +134,8 @@ class Anatomy:
       return [first]
     among = everyone if rng.random() < OTHERS else own
     others = among[among != first]
+    if not len(others):  # nobody else is of the group
+      others = everyone[everyone != first]
     return [first, rng.choice(others) if len(others) else first]
 
   def draw_images(
