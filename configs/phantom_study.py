@@ -45,12 +45,13 @@ def methods(
     "fairness.method": "erm",
     "fairness.strategy": "equal_scale",
   }
+  start, every = finishing // 3, steps // 10
   joint = {
     "train.points": (0, finishing),
     "train.image": (finishing // 4, finishing),
-    "train.segmenter": (finishing // 3, finishing // 3 + steps),
-    "train.steps": finishing // 3 + steps,
-    "bank.every": max(steps // 10, 1),
+    "train.segmenter": (start, start + steps),
+    "train.steps": start + steps,
+    "bank.every": every,
     "bank.masks": "both",
     "bank.strength": 0.1,
     "fairness.method": "erm",
@@ -62,7 +63,7 @@ def methods(
     "train.steps": steps,
     "train.points": (0, 0),
     "train.image": (0, 1),
-    "bank.every": max(steps // 10, 1),
+    "bank.every": every,
     "bank.patients": 1,
     "bank.candidates": 1,
     "train.segmenter": (0, steps),

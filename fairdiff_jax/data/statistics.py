@@ -10,6 +10,7 @@ from fairdiff_jax.data.domain import FUNDUS, Domain
 
 GREY_LEVEL = 1 / 127.5  # of uint8 images in [-1, 1]
 DARK = 0.1  # added to brightness in [0, 2], so that black has a logarithm
+LOG_LEVELS = np.log(np.arange(256) / 127.5 + DARK)  # of uint8 images
 UNLIT = 4  # grey level; background no brighter is outside the field of view
 POOLED = 8  # cases of its own that weigh as much as the groups' pooled spread
 
@@ -110,7 +111,6 @@ def by_class(image: np.ndarray, mask: np.ndarray, domain: Domain) -> np.ndarray:
   out: what surrounds a round field of view would outweigh what is seen in it.
   """
   classes, channels = domain.num_classes, domain.channels
-  levels = np.log(np.arange(256) / 127.5 + DARK)
   result = np.empty((3, classes, channels))
   image = np.atleast_3d(image)
   lit = (mask > 0) | (image.max(-1) > UNLIT)
@@ -119,8 +119,8 @@ def by_class(image: np.ndarray, mask: np.ndarray, domain: Domain) -> np.ndarray:
     found = np.bincount(of + values, minlength=classes * 256)
     found = found.reshape(classes, 256)
     count = found.sum(1)
-    mean = found @ levels / np.maximum(count, 1)
-    square = (found * (levels - mean[:, None]) ** 2).sum(1)
+    mean = found @ LOG_LEVELS / np.maximum(count, 1)
+    square = (found * (LOG_LEVELS - mean[:, None]) ** 2).sum(1)
     result[..., c] = np.where(count > 0, mean, np.nan), count, square
   return result.reshape(shape(domain))
 

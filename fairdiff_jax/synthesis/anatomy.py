@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage, special
 
 from fairdiff_jax.data.audit import signed_distance
-from fairdiff_jax.data.statistics import DARK, UNLIT
+from fairdiff_jax.data.statistics import DARK, LOG_LEVELS, UNLIT
 
 TURN = 15.0  # degrees that a real case is turned by at most, either way
 GRID = 96  # longer side, in pixels, at which displacements are found
@@ -298,7 +298,7 @@ def blend(
 
 def _means_and_rest(image, mask, unlit, slow: float):
   """mu and r [H, W, C] of `blend`, of what is lit; `slow` in pixels."""
-  y = (np.log(np.arange(256) / 127.5 + DARK))[np.atleast_3d(image)]
+  y = LOG_LEVELS[np.atleast_3d(image)]
   mean = np.zeros_like(y)
   for label in np.unique(mask):
     region = (mask == label) & ~unlit

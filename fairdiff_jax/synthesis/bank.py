@@ -15,7 +15,6 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +52,7 @@ from fairdiff_jax.training.step import TrainState
 BANK = 1  # tells the noise of banks from that of other synthetic cases
 SHOWN = 4  # real cases of a group in a bank's picture, and as many synthetic
 UNFINISHED = "unfinished"  # batches of a bank that is being filled
+BATCH = (*Generated._fields, "risk")  # arrays of such a batch
 
 
 def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
@@ -128,13 +128,16 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
         risk = risk_of(inference, cases) if judged else np.zeros(number)
         if first_host:
           path = folder / f"{rows.start // size:05d}.npz"
-          _write_chunk(path, _Judged(*cases, risk))
+          _write_chunk(path, cases._asdict() | {"risk": risk})
       if first_host:
         # Mapped: a bank may be larger than memory.
-        none = _Judged(*join([], shape, domain.channels), np.empty(0))
-        chunks = [none, *(_read(path) for path in _finished(folder))]
+        none = join([], shape, domain.channels)._asdict()
+        chunks = [
+          none | {"risk": np.empty(0)},
+          *(_read(path) for path in _finished(folder)),
+        ]
         fault, attempts, risk = (
-          np.concatenate([getattr(c, name) for c in chunks])
+          np.concatenate([c[name] for c in chunks])
           for name in ("fault", "attempts", "risk")
         )
         facts = {
@@ -163,7 +166,7 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
           for i, number in enumerate(np.flatnonzero(kept))
         ]
         record = facts | {"source": source, "unsound": unsound}
-        ends = np.cumsum([len(c.risk) for c in chunks])[:-1]
+        ends = np.cumsum([len(c["risk"]) for c in chunks])[:-1]
         chunks = [
           (c, rows)
           for c, rows in zip(chunks, np.split(kept, ends), strict=True)
@@ -182,16 +185,6 @@ def make_refill(run: Setup, cases: Cases) -> Callable[..., Synthetic | None]:
     return read_bank(directory, shape, len(names), domain)
 
   return refill
-
-
-class _Judged(NamedTuple):
-  """A batch of `Generated` cases, and the segmenter's risk of each [n]."""
-
-  image: np.ndarray
-  mask: np.ndarray
-  attempts: np.ndarray
-  fault: np.ndarray
-  risk: np.ndarray
 
 
 def _make_risk(run: Setup) -> Callable[[Inference, Generated], np.ndarray]:
@@ -266,19 +259,19 @@ def _finished(folder: Path) -> list[Path]:
   return sorted(folder.glob("*.npz"))
 
 
-def _read(path: Path) -> _Judged:
+def _read(path: Path) -> dict[str, np.ndarray]:
   arrays = array_files.read_npz(path, mapped=True)
-  absent = [name for name in _Judged._fields if arrays.get(name) is None]
+  absent = [name for name in BATCH if arrays.get(name) is None]
   if absent:
     raise ValueError(
       f"{path} has no array {absent[0]!r}; {remedy(path.parent)}"
     )
-  return _Judged(**arrays)
+  return arrays
 
 
-def _write_chunk(path: Path, cases: _Judged):
+def _write_chunk(path: Path, cases: dict[str, np.ndarray]):
   with array_files.new_npz(path) as add:
-    for name, array in cases._asdict().items():
+    for name, array in cases.items():
       add(name, len(array), array.shape[1:], array.dtype, [array])
 
 
@@ -290,7 +283,7 @@ def _draw(chunks, group, real, names, domain) -> bytes | None:
     for i in np.flatnonzero(kept):
       found = made[next(codes)]
       if len(found) < SHOWN:
-        found.append((chunk.image[i], chunk.mask[i]))
+        found.append((chunk["image"][i], chunk["mask"][i]))
   rows = {
     f"{names[code]}: {len(real[code])} real, then synthetic": real[code] + found
     for code, found in made.items()
@@ -305,9 +298,8 @@ def _write(directory: Path, chunks, group, sizes, cases, record, picture):
   with files.new_directory(directory) as temporary:
     with array_files.new_npz(temporary / CASES) as add:
       for name in ("image", "mask"):
-        row, dtype = getattr(first, name).shape[1:], getattr(first, name).dtype
-        found = (getattr(c, name)[kept] for c, kept in chunks)
-        add(name, len(group), row, dtype, found)
+        found = (c[name][kept] for c, kept in chunks)
+        add(name, len(group), first[name].shape[1:], first[name].dtype, found)
       for name, array in (("group", group), ("sizes", sizes)):
         add(name, len(array), (), array.dtype, [array])
     text = "".join(json.dumps(case) + "\n" for case in cases)
